@@ -1,0 +1,125 @@
+"""Round events, metrics per round, and the callback that drives the rounds from the Trainer's own events."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+if TYPE_CHECKING:
+    from .trainer import FederatedMixin
+
+
+class FederatedCallback(TrainerCallback):
+    """
+    A [`~transformers.TrainerCallback`] with two more events. Both are called after the state they describe is in
+    place: at `on_round_end` the shared A is already the new average.
+    """
+
+    def on_round_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        round_index: int,
+        client_ids: tuple[str, ...],
+        **kwargs,
+    ) -> None:
+        """Called when a round's clients have been sampled and none has trained yet."""
+
+    def on_round_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any],
+        **kwargs,
+    ) -> None:
+        """Called with the round's entry of `trainer.round_history`."""
+
+
+class RoundCallback(TrainerCallback):
+    """Turns the Trainer's events into rounds and waves. The trainer adds it itself, before the user's callbacks."""
+
+    def __init__(self, trainer: "FederatedMixin"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_run()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_round()
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.end_step()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.end_round()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.end_run()
+
+
+class FederatedProgressCallback(ProgressCallback, FederatedCallback):
+    """The usual progress bar, with the round and its clients in front."""
+
+    def __init__(self, num_rounds: int, max_str_len: int = 100):
+        super().__init__(max_str_len=max_str_len)
+        self.num_rounds = num_rounds
+
+    def on_round_begin(self, args, state, control, round_index, client_ids, **kwargs):
+        if self.training_bar is not None:
+            names = ", ".join(client_ids[:3]) + (f" and {len(client_ids) - 3} more" if len(client_ids) > 3 else "")
+            self.training_bar.set_description(f"Round {round_index + 1}/{self.num_rounds} ({names})")
+
+
+def round_metrics(
+    round_index: int,
+    losses: Mapping[str, float],
+    weights: Mapping[str, float],
+    bytes_down: int,
+    bytes_up: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """
+    Entry of `trainer.round_history` and line of `rounds.jsonl`.
+
+    Args:
+        round_index (`int`):
+            Round, counted from 0.
+        losses (`Mapping[str, float]`):
+            Per client, the mean training loss over its local steps, in nats per token for language models.
+        weights (`Mapping[str, float]`):
+            Per client, its weight in the average of A, before normalisation.
+        bytes_down (`int`), bytes_up (`int`):
+            Bytes of the tensors sent to and received from all clients of the round together.
+        seconds (`float`):
+            Wall time of the round.
+    """
+    return {
+        "round": round_index,
+        "clients": sorted(losses),
+        "losses": {client_id: losses[client_id] for client_id in sorted(losses)},
+        "weights": {client_id: weights[client_id] for client_id in sorted(weights)},
+        "bytes_down": bytes_down,
+        "bytes_up": bytes_up,
+        "seconds": round(seconds, 3),
+    }
+
+
+def log_line(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a round that go to the log: one line whatever the number of clients."""
+    losses = list(metrics["losses"].values())
+    return {
+        "round": metrics["round"],
+        "round_loss": sum(losses) / len(losses),
+        "round_loss_best": min(losses),
+        "round_loss_worst": max(losses),
+        "round_clients": len(losses),
+        "round_bytes_down": metrics["bytes_down"],
+        "round_bytes_up": metrics["bytes_up"],
+        "round_seconds": metrics["seconds"],
+    }

@@ -1,0 +1,177 @@
+"""Arguments of a federated run."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTConfig
+
+# Adapters that train at the same time unless the user says otherwise. Four rows fill the wide matrix products of small
+# batches; beyond that, activations grow faster than the time saved on reading the base weights.
+DEFAULT_PARALLEL_CLIENTS = 4
+
+
+@dataclass
+class FederatedConfig(SFTConfig):
+    """
+    Configuration class for [`FederatedTrainer`].
+
+    Takes every argument of [`~trl.SFTConfig`]. `per_device_train_batch_size`, `gradient_accumulation_steps` and
+    `max_grad_norm` are per client. One epoch of the Trainer is one round, so `eval_strategy="epoch"` and
+    `save_strategy="epoch"` act at round ends and `num_train_epochs` is set to `num_rounds`.
+
+    Parameters:
+        > Rounds
+
+        num_rounds (`int`, *optional*):
+            Communication rounds, T in the paper. If `None`, it is derived: one round per epoch of `num_train_epochs`.
+        local_steps (`int`, *optional*):
+            Optimizer steps each client takes per round, cycling through its rows, which are shuffled anew on each pass.
+            Exclusive with `local_epochs`. `None` means `local_epochs` counts.
+        local_epochs (`int`, *optional*):
+            Passes each client makes over its rows per round. If both this and `local_steps` are `None`, it is 1.
+        clients_per_round (`int`, *optional*):
+            Clients sampled for each round, without replacement. `None` means all.
+
+        > Execution
+
+        parallel_clients (`int`, *optional*):
+            Clients that train side by side in one forward pass. It changes speed and memory, not results. `None` means
+            as many as a round samples, up to 4. `1` trains them one after the other with the least memory.
+        client_store_dir (`str`, *optional*):
+            Directory for the tensors of clients that are not training. `None` keeps them in memory.
+
+        > Aggregation
+
+        aggregation_weighting (`str`, *optional*, defaults to `"examples"`):
+            Weight of a client in the average of A: `"examples"` for the number of different rows it trained on in the
+            round, `"uniform"` for the plain mean.
+        share_modules_to_save (`bool`, *optional*, defaults to `False`):
+            Whether modules trained in full (`modules_to_save`, such as a classification head) are averaged too. Off,
+            every client keeps its own.
+        reset_optimizer (`bool`, *optional*):
+            Whether a client starts each round with a fresh optimizer state. If `False`, the state is kept with the
+            client. If `None`, it is derived: `True`, unless there is only one client.
+
+        > Data
+
+        client_column (`str`, *optional*, defaults to `"client_id"`):
+            Column that names the client of a row, where `train_dataset` is one `Dataset`. Dictionaries of datasets get
+            it added.
+        eval_unseen_clients (`bool`, *optional*, defaults to `False`):
+            Whether `eval_dataset` may hold clients that never train. They are evaluated with the shared A and an
+            untrained B. Off, such a client is an error.
+    """
+
+    num_rounds: int | None = field(
+        default=None,
+        metadata={"help": "Communication rounds. If None, derived: one round per epoch of num_train_epochs."},
+    )
+    local_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps each client takes per round, cycling through its rows. Exclusive with "
+            "local_epochs. None means local_epochs counts."
+        },
+    )
+    local_epochs: int | None = field(
+        default=None,
+        metadata={
+            "help": "Passes each client makes over its rows per round. If both this and local_steps are None, it is 1."
+        },
+    )
+    clients_per_round: int | None = field(
+        default=None, metadata={"help": "Clients sampled for each round, without replacement. None means all."}
+    )
+    parallel_clients: int | None = field(
+        default=None,
+        metadata={
+            "help": "Clients that train side by side in one forward pass. Changes speed and memory, not results. None "
+            "means as many as a round samples, up to 4."
+        },
+    )
+    client_store_dir: str | None = field(
+        default=None,
+        metadata={"help": "Directory for the tensors of clients that are not training. None keeps them in memory."},
+    )
+    aggregation_weighting: str = field(
+        default="examples",
+        metadata={
+            "help": "Weight of a client in the average of A: the number of different rows it trained on in the round, "
+            "or the same for all.",
+            "choices": ["examples", "uniform"],
+        },
+    )
+    share_modules_to_save: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether modules trained in full (modules_to_save) are averaged. Off, each client keeps its own."
+        },
+    )
+    reset_optimizer: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a client starts each round with a fresh optimizer state. If None, derived: yes, unless "
+            "there is only one client."
+        },
+    )
+    client_column: str = field(
+        default="client_id",
+        metadata={"help": "Column that names the client of a row, where train_dataset is one Dataset."},
+    )
+    eval_unseen_clients: bool = field(
+        default=False,
+        metadata={"help": "Whether eval_dataset may hold clients that never train. Off, such a client is an error."},
+    )
+
+    def __post_init__(self):
+        for name in ("num_rounds", "local_steps", "local_epochs", "clients_per_round", "parallel_clients"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int or None, got {value!r} of type {type(value).__name__}.")
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}. Leave it out for the default.")
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError(
+                f"`local_steps={self.local_steps}` and `local_epochs={self.local_epochs}` both say how long a client "
+                "trains per round. Pass one of them."
+            )
+        if self.aggregation_weighting not in ("examples", "uniform"):
+            raise ValueError(
+                f"`aggregation_weighting` must be 'examples' or 'uniform', got {self.aggregation_weighting!r}."
+            )
+        if self.num_rounds is not None:
+            self.num_train_epochs = self.num_rounds
+        super().__post_init__()
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
+                "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
+            )
+        if self.save_strategy == SaveStrategy.BEST:
+            raise ValueError(
+                '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
+                "round ends."
+            )
+        if self.deepspeed is not None:
+            raise ValueError(
+                "`deepspeed` shards parameters over processes, but here each process trains clients of its own. Leave "
+                "it out; `bitsandbytes` quantization saves the memory instead."
+            )
+        if self.fsdp:
+            raise ValueError(
+                f"`fsdp={self.fsdp!r}` shards parameters over processes, but here each process trains clients of its "
+                "own. Leave it out; `bitsandbytes` quantization saves the memory instead."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size=True` restarts training with another batch size, after clients have already "
+                "changed. Set `per_device_train_batch_size` or lower `parallel_clients`."
+            )
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds, given or derived."""
+        return self.num_rounds if self.num_rounds is not None else math.ceil(self.num_train_epochs)

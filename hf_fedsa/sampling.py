@@ -1,0 +1,168 @@
+"""Clients to rounds and waves, rows to local steps, and every derived seed."""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+# One local step of a client: its micro-batches (one per gradient accumulation step), each a list of row numbers.
+LocalStep = list[list[int]]
+
+
+def derive_seed(seed: int, *parts: str | int) -> int:
+    """
+    Seed in `[0, 2**63)` that depends on `seed` and `parts` alone, never on what was drawn before.
+
+    SHA-256 keeps neighbouring rounds and clients independent, which `seed + round_index` would not.
+    """
+    text = "\x1f".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def sample_clients(client_ids: Iterable[str], clients_per_round: int | None, seed: int, round_index: int) -> list[str]:
+    """
+    Draws a round's clients without replacement, sorted by id.
+
+    Every client draws its own number from (seed, round, client) and the smallest ones are in. So a round can be
+    replayed alone, the order of `client_ids` does not matter, and a client's luck does not depend on who else is there.
+
+    Args:
+        client_ids (`Iterable[str]`):
+            All clients of the federation.
+        clients_per_round (`int`, *optional*):
+            How many to draw. `None` takes all.
+        seed (`int`):
+            The run's seed.
+        round_index (`int`):
+            Round, counted from 0.
+    """
+    ranked = sorted(client_ids, key=lambda client_id: (derive_seed(seed, "sample", round_index, client_id), client_id))
+    return sorted(ranked[:clients_per_round])
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """
+    How much a client trains in a round.
+
+    Args:
+        batch_size (`int`):
+            Rows per micro-batch.
+        accumulation_steps (`int`):
+            Micro-batches per local step.
+        local_steps (`int`, *optional*):
+            Local steps per round, cycling through the client's rows. Exclusive with `local_epochs`.
+        local_epochs (`int`, *optional*):
+            Passes over the client's rows per round.
+        drop_last (`bool`, *optional*, defaults to `False`):
+            Whether a pass ends before its last, smaller batch.
+    """
+
+    batch_size: int
+    accumulation_steps: int
+    local_steps: int | None
+    local_epochs: int | None
+    drop_last: bool = False
+
+    def batches_per_pass(self, num_rows: int) -> int:
+        """Micro-batches in one pass over `num_rows` rows."""
+        return num_rows // self.batch_size if self.drop_last else math.ceil(num_rows / self.batch_size)
+
+    def steps_per_pass(self, num_rows: int) -> int:
+        """Local steps in one pass. As in `Trainer`, a pass closes its last step even if it is short of micro-batches."""
+        return math.ceil(self.batches_per_pass(num_rows) / self.accumulation_steps)
+
+    def num_steps(self, num_rows: int) -> int:
+        """Local steps that a client with `num_rows` rows takes in a round."""
+        if self.local_steps is not None:
+            return self.local_steps
+        return self.local_epochs * self.steps_per_pass(num_rows)
+
+    def num_passes(self, num_rows: int) -> int:
+        """Passes over the rows that a round starts."""
+        return math.ceil(self.num_steps(num_rows) / self.steps_per_pass(num_rows))
+
+    def num_examples(self, num_rows: int, num_steps: int) -> int:
+        """Different rows among those of the first `num_steps` local steps of a round."""
+        passes, steps_left = divmod(num_steps, self.steps_per_pass(num_rows))
+        rows_per_pass = min(num_rows, self.batches_per_pass(num_rows) * self.batch_size)
+        if passes == 0:
+            return min(rows_per_pass, steps_left * self.accumulation_steps * self.batch_size)
+        # What a pass drops at its end changes with the shuffle, so a second pass reaches the rows the first one left.
+        return rows_per_pass if passes == 1 and steps_left == 0 else num_rows
+
+    def steps(self, num_rows: int, order: Callable[[int], Sequence[int]]) -> list[LocalStep]:
+        """
+        Lays out a client's rows for one round.
+
+        Args:
+            num_rows (`int`):
+                Rows the client has.
+            order (`Callable[[int], Sequence[int]]`):
+                Order of the rows in pass 0, 1, ... of the round.
+        """
+        steps: list[LocalStep] = []
+        for pass_index in range(self.num_passes(num_rows)):
+            rows = list(order(pass_index))
+            size, accumulate = self.batch_size, self.accumulation_steps
+            batches = [rows[i * size : (i + 1) * size] for i in range(self.batches_per_pass(num_rows))]
+            steps.extend(batches[i : i + accumulate] for i in range(0, len(batches), accumulate))
+        return steps[: self.num_steps(num_rows)]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Clients that train at the same time, in slot order, and the number of steps until the last one has finished."""
+
+    client_ids: tuple[str, ...]
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    What one round trains.
+
+    Args:
+        round_index (`int`):
+            Round, counted from 0.
+        client_ids (`tuple[str, ...]`):
+            Its clients, sorted.
+        waves (`tuple[Wave, ...]`):
+            The clients in the order in which they train.
+    """
+
+    round_index: int
+    client_ids: tuple[str, ...]
+    waves: tuple[Wave, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the round: the waves one after the other."""
+        return sum(wave.num_steps for wave in self.waves)
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps of the client that takes the most: the round's length on the learning rate schedule."""
+        return max(wave.num_steps for wave in self.waves)
+
+
+def plan_round(
+    round_index: int,
+    num_rows: Mapping[str, int],
+    work: LocalWork,
+    clients_per_round: int | None,
+    parallel_clients: int,
+    seed: int,
+) -> Round:
+    """
+    Samples a round's clients and groups them into waves of at most `parallel_clients`.
+
+    Clients with as many steps as each other train together, so that few slots wait for a neighbour.
+    """
+    client_ids = sample_clients(num_rows, clients_per_round, seed, round_index)
+    steps = {client_id: work.num_steps(num_rows[client_id]) for client_id in client_ids}
+    by_length = sorted(client_ids, key=lambda client_id: (-steps[client_id], client_id))
+    groups = [by_length[i : i + parallel_clients] for i in range(0, len(by_length), parallel_clients)]
+    waves = tuple(Wave(tuple(group), max(steps[client_id] for client_id in group)) for group in groups)
+    return Round(round_index=round_index, client_ids=tuple(client_ids), waves=waves)

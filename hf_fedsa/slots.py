@@ -1,0 +1,261 @@
+"""Adapters side by side on one base model: slot loading and the batched forward."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera import Linear as VeraLinear
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .parameters import Share, adapter_parameters, classify, clone_tensors, load_tensors, method_for
+
+# Initialisations that subtract the starting adapter from the base weight. They must run once, for the first slot.
+MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+# Rows of a batch by slot: `((slot, number of rows), ...)`, in the order in which the rows stand.
+SlotRows = tuple[tuple[int, int], ...]
+BatchedForward = Callable[..., torch.Tensor]
+
+
+def mutates_base(config) -> bool:
+    """Whether creating an adapter with `config` changes the base weight."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(MUTATING_INITS)
+
+
+class Slots:
+    """
+    `num_slots` adapters of one PEFT config on one base model, each an ordinary named PEFT adapter.
+
+    Slot 0 is the adapter the model came with; the others are added as `slot_1`, `slot_2`, ... A client is loaded into
+    a slot to train and its tensors are taken out after. Within [`Slots.rows`], one forward pass serves the rows of
+    several clients, each through its own slot.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            Model with exactly one adapter.
+        num_slots (`int`):
+            Number of clients that can train at the same time.
+        share_modules_to_save (`bool`, *optional*, defaults to `False`):
+            Whether modules trained in full (`modules_to_save`) are shared rather than kept by each client.
+
+    Raises:
+        `ValueError`: the model has several adapters, or the config cannot be split between server and client.
+    """
+
+    def __init__(self, model: PeftModel, num_slots: int, share_modules_to_save: bool = False):
+        if len(model.peft_config) != 1:
+            raise ValueError(
+                f"The model has the adapters {', '.join(model.peft_config)}, but slots are made from exactly one. "
+                "Delete the others, or merge them into the base model first."
+            )
+        self.model = model
+        first = next(iter(model.peft_config))
+        self.config = model.peft_config[first]
+        self.method = method_for(self.config)
+        self.names: tuple[str, ...] = (first, *(f"slot_{index}" for index in range(1, num_slots)))
+        self.parameters: list[dict[str, nn.Parameter]] = [adapter_parameters(model, first)]
+        modules_to_save = getattr(self.config, "modules_to_save", None)
+        self.share_of: dict[str, Share] = {
+            key: classify(key, self.method, modules_to_save, share_modules_to_save) for key in self.parameters[0]
+        }
+        for name in self.names[1:]:
+            self.parameters.append(self._add_adapter(name))
+        self._active_rows: tuple[tuple[str, ...], tuple[int, ...]] | None = None
+        self._sequence_length: int | None = None
+        if num_slots > 1:
+            for module in _outermost_adapter_layers(model):
+                self._serve_side_by_side(module)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _add_adapter(self, name: str) -> dict[str, nn.Parameter]:
+        config = copy.deepcopy(self.config)
+        if mutates_base(config):
+            config.init_lora_weights = True
+        # The values drawn here are overwritten, so they must not move the global generator.
+        with torch.random.fork_rng():
+            self.model.add_adapter(name, config)
+        parameters = adapter_parameters(self.model, name)
+        for key, first in self.parameters[0].items():
+            # TRL casts the adapter it creates (bf16 under QLoRA), and PEFT leaves added adapters frozen.
+            parameters[key].data = first.data.clone()
+            parameters[key].requires_grad_(first.requires_grad)
+        return parameters
+
+    # Loading
+
+    def load(self, slot: int, *tensors: Mapping[str, torch.Tensor]) -> None:
+        """Writes a client's tensors (shared, local, or both) into a slot."""
+        for part in tensors:
+            load_tensors(self.parameters[slot], part)
+
+    def take(self, slot: int, share: Share | None = None) -> dict[str, torch.Tensor]:
+        """Copies a slot's tensors to the CPU, all of them or only the `"shared"` or `"local"` ones."""
+        return clone_tensors({key: parameter for key, parameter in self.select(slot, share).items()})
+
+    def select(self, slot: int, share: Share | None = None) -> dict[str, nn.Parameter]:
+        """The live parameters of a slot, all of them or only the `"shared"` or `"local"` ones."""
+        return {key: p for key, p in self.parameters[slot].items() if share is None or self.share_of[key] == share}
+
+    # Side by side
+
+    @contextlib.contextmanager
+    def rows(self, slot_rows: SlotRows, sequence_length: int | None = None) -> Iterator[None]:
+        """
+        Within this context, the first rows of every batch go through the first slot named, and so on.
+
+        It must enclose the backward pass too: activation checkpointing runs the forward pass again.
+
+        Args:
+            slot_rows (`tuple[tuple[int, int], ...]`):
+                Slot and number of rows, in the order of the rows.
+            sequence_length (`int`, *optional*):
+                Tokens per row. Lets layers that see rows and tokens flattened into one axis tell the rows apart.
+        """
+        self._active_rows = (
+            tuple(self.names[slot] for slot, _ in slot_rows),
+            tuple(count for _, count in slot_rows),
+        )
+        self._sequence_length = sequence_length
+        try:
+            yield
+        finally:
+            self._active_rows = None
+
+    def _serve_side_by_side(self, module: nn.Module) -> None:
+        """Replaces `module.forward` on this instance by one that routes rows to slots while rows are set."""
+        original = module.forward
+        batched = _batched_forward_of(module)
+
+        def forward(x: torch.Tensor, *args, **kwargs):
+            if self._active_rows is None:
+                return original(x, *args, **kwargs)
+            names, counts = self._active_rows
+            counts = self._counts_of(x, counts, module)
+            if batched is not None:
+                return batched(module, x, names, counts, *args, **kwargs)
+            return _forward_by_client(module, original, x, names, counts, *args, **kwargs)
+
+        module.forward = forward
+
+    def _counts_of(self, x: torch.Tensor, counts: Sequence[int], module: nn.Module) -> Sequence[int]:
+        num_rows = sum(counts)
+        if x.shape[0] == num_rows:
+            return counts
+        if self._sequence_length is not None and x.shape[0] == num_rows * self._sequence_length:
+            return [count * self._sequence_length for count in counts]
+        raise ValueError(
+            f"A {type(module).__name__} layer received an input of shape {tuple(x.shape)} for a batch of {num_rows} "
+            "rows, so its rows cannot be told apart by client (layers that route tokens, such as mixture-of-experts, "
+            "do this). Set `parallel_clients=1` to train the clients one after the other."
+        )
+
+
+def _outermost_adapter_layers(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield child
+        else:
+            yield from _outermost_adapter_layers(child)
+
+
+@contextlib.contextmanager
+def _active_adapter(module: nn.Module, name: str) -> Iterator[None]:
+    """
+    Switches one layer to another adapter.
+
+    PEFT's `set_adapter` also freezes the adapter it switches away from, whose gradients are still wanted here.
+    """
+    layers = [m for m in module.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    before = [layer._active_adapter for layer in layers]
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, adapter in zip(layers, before, strict=True):
+            layer._active_adapter = adapter
+
+
+def _forward_by_client(module, original, x, names, counts, *args, **kwargs) -> torch.Tensor:
+    """Runs each client's rows through the layer's own forward: right for every kind of layer, without the gain."""
+    outputs = []
+    for name, rows in zip(names, x.split(list(counts)), strict=True):
+        with _active_adapter(module, name):
+            outputs.append(original(rows, *args, **kwargs))
+    return torch.cat(outputs)
+
+
+def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
+    """`W x + s B_i A_i x` for the rows of every client i, with `W x` computed once and the rest as batched products."""
+    result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
+    first = names[0]
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(layer.lora_A[first].weight.dtype)
+    x = layer.lora_dropout[first](x)
+    biases = [layer.lora_B[name].bias for name in names]
+    if len(set(counts)) == 1:
+        a = torch.stack([layer.lora_A[name].weight for name in names])  # (clients, r, in_features)
+        b = torch.stack([layer.lora_B[name].weight for name in names])  # (clients, out_features, r)
+        by_client = x.reshape(len(names), -1, x.shape[-1])  # (clients, rows * tokens, in_features)
+        delta = torch.bmm(torch.bmm(by_client, a.mT), b.mT)
+        if biases[0] is not None:
+            delta = delta + torch.stack(biases)[:, None]
+        delta = delta.view(result.shape)
+    else:
+        parts = zip(names, biases, x.split(list(counts)), strict=True)
+        delta = torch.cat([F.linear(layer.lora_A[n](rows), layer.lora_B[n].weight, bias) for n, bias, rows in parts])
+    return torch.add(result, delta.to(result.dtype), alpha=layer.scaling[first])
+
+
+def _vera_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
+    """`W x + b_i * B (d_i * A x)` for the rows of every client i. The projections are common, so only d and b differ."""
+    dtype = x.dtype
+    result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
+    first = names[0]
+    a = layer.vera_A[first][:, : layer.in_features].to(x.device)  # (r, in_features)
+    b = layer.vera_B[first][: layer.out_features].to(x.device)  # (out_features, r)
+    x = x.to(layer.vera_lambda_d[first].dtype)
+    rows = torch.repeat_interleave(
+        torch.arange(len(names), device=x.device), torch.tensor(counts, device=x.device), output_size=sum(counts)
+    )
+    shape = (len(rows), *(1,) * (x.dim() - 2), -1)
+    d_rows = torch.stack([layer.vera_lambda_d[name] for name in names])[rows].view(shape)  # (rows, ..., r)
+    b_rows = torch.stack([layer.vera_lambda_b[name] for name in names])[rows].view(shape)  # (rows, ..., out_features)
+    delta = b_rows * F.linear(d_rows * F.linear(layer.vera_dropout[first](x), a), b)
+    return (result + delta).to(result.dtype).to(dtype)
+
+
+def _batched_forwards() -> dict[type, BatchedForward]:
+    forwards: dict[type, BatchedForward] = {LoraLinear: _lora_forward, VeraLinear: _vera_forward}
+    # PEFT defines these two only where bitsandbytes is installed.
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+
+    if is_bnb_available():
+        from peft.tuners.lora import Linear8bitLt
+
+        forwards[Linear8bitLt] = _lora_forward
+    if is_bnb_4bit_available():
+        from peft.tuners.lora import Linear4bit
+
+        forwards[Linear4bit] = _lora_forward
+    return forwards
+
+
+# A variant that should be fast side by side adds its layer class here. Every other layer runs client by client.
+BATCHED_FORWARDS: dict[type, BatchedForward] = _batched_forwards()
+
+
+def _batched_forward_of(module: nn.Module) -> BatchedForward | None:
+    # Variants such as DoRA live on the plain LoRA classes with a forward of their own.
+    if getattr(module, "lora_variant", None):
+        return None
+    return BATCHED_FORWARDS.get(type(module))

@@ -1,0 +1,325 @@
+"""What survives a round: the run's state and the tensors of the clients that are not training."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .parameters import clone_tensors
+
+_CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+
+
+def validate_client_ids(client_ids: Iterable[str]) -> None:
+    """
+    Checks that ids can name folders on every file system and on the Hub.
+
+    Raises:
+        `TypeError`: an id is not a string.
+        `ValueError`: an id has other characters than allowed, or two ids differ in case only.
+    """
+    folded: dict[str, str] = {}
+    for client_id in client_ids:
+        if not isinstance(client_id, str):
+            raise TypeError(f"Client ids must be strings, got {client_id!r} of type {type(client_id).__name__}.")
+        if not _CLIENT_ID.fullmatch(client_id):
+            raise ValueError(
+                f"The client id {client_id!r} cannot name a folder. Use up to 96 letters, digits, dots, underscores "
+                "and hyphens, and start with a letter or digit."
+            )
+        other = folded.setdefault(client_id.casefold(), client_id)
+        if other != client_id:
+            raise ValueError(
+                f"The client ids {other!r} and {client_id!r} differ in case only, and would share a folder on some "
+                "file systems. Rename one."
+            )
+
+
+# Files. Everything is written under a temporary name and renamed, so a reader sees the old file or the new one.
+
+
+def _replace_atomically(path: Path, write: Callable[[str], None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors to `path`, whole or not at all."""
+    contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    _replace_atomically(path, lambda name: save_file(contiguous, name, metadata={"format": "pt"}))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text to `path`, whole or not at all."""
+    _replace_atomically(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON to `path`, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# Client stores
+
+
+class ClientStoreError(RuntimeError):
+    """A client's stored tensors are missing or cannot be read."""
+
+
+class ClientStore(Protocol):
+    """
+    Keeps the tensors of clients that are not training. What was put is returned bit for bit, as a copy.
+    """
+
+    def put(self, client_id: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stores a copy of a client's tensors in place of earlier ones."""
+
+    def get(self, client_id: str) -> dict[str, torch.Tensor]:
+        """Returns a copy of a client's tensors. Raises [`ClientStoreError`] if there are none or they are damaged."""
+
+    def clear(self) -> None:
+        """Forgets all clients."""
+
+    def __contains__(self, client_id: str) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids of the stored clients, sorted."""
+
+
+class MemoryClientStore:
+    """Client store in the process's memory."""
+
+    def __init__(self):
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}
+
+    def put(self, client_id: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors[client_id] = clone_tensors(tensors)
+
+    def get(self, client_id: str) -> dict[str, torch.Tensor]:
+        if client_id not in self._tensors:
+            raise ClientStoreError(f"No tensors are stored for client {client_id!r}.")
+        return clone_tensors(self._tensors[client_id])
+
+    def clear(self) -> None:
+        self._tensors.clear()
+
+    def __contains__(self, client_id: str) -> bool:
+        return client_id in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._tensors))
+
+
+class DiskClientStore:
+    """
+    Client store in a folder, one safetensors file per client.
+
+    Args:
+        directory (`str` or `Path`):
+            Folder of its own for this run. It is made when needed.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+
+    def _path(self, client_id: str) -> Path:
+        return self.directory / f"{client_id}.safetensors"
+
+    def put(self, client_id: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        write_safetensors(self._path(client_id), tensors)
+
+    def get(self, client_id: str) -> dict[str, torch.Tensor]:
+        if client_id not in self:
+            raise ClientStoreError(f"No tensors are stored for client {client_id!r} in {self.directory}.")
+        try:
+            return load_file(self._path(client_id))
+        except (SafetensorError, OSError) as error:
+            raise ClientStoreError(
+                f"The tensors of client {client_id!r} in {self._path(client_id)} cannot be read: {error}. Resume from "
+                "a checkpoint, which holds a copy."
+            ) from error
+
+    def clear(self) -> None:
+        for client_id in list(self):
+            self._path(client_id).unlink()
+
+    def __contains__(self, client_id: str) -> bool:
+        return self._path(client_id).is_file()
+
+    def __iter__(self) -> Iterator[str]:
+        # A file that was being written when the process died starts with a dot, as no client id does.
+        paths = self.directory.glob("[!.]*.safetensors")
+        return iter(sorted(path.name.removesuffix(".safetensors") for path in paths))
+
+
+# Run state
+
+
+@dataclass
+class RunState:
+    """
+    Where a run stands.
+
+    Args:
+        rounds_done (`int`, *optional*, defaults to `0`):
+            Rounds whose A has been averaged. It is also the index of the round that is open or comes next.
+        round_open (`bool`, *optional*, defaults to `False`):
+            Whether a client of that round has begun to train.
+        waves_done (`int`, *optional*, defaults to `0`):
+            Waves of the open round whose clients are back in the store.
+        wave_open (`bool`, *optional*, defaults to `False`):
+            Whether clients are in the slots.
+        wave_steps (`int`, *optional*, defaults to `0`):
+            Steps taken in the open wave.
+        mean_weight (`float`, *optional*, defaults to `0.0`):
+            Weight behind the running mean of the open round.
+        losses (`dict[str, list[float]]`, *optional*):
+            Per client of the open round: sum of the losses of its local steps, and their number.
+        bytes_down (`int`, *optional*, defaults to `0`):
+            Bytes sent to the clients of the open round.
+        bytes_up (`int`, *optional*, defaults to `0`):
+            Bytes received from them.
+        seconds (`float`, *optional*, defaults to `0.0`):
+            Wall time spent in the open round before the last restart.
+        last_round (`dict[str, int]`, *optional*):
+            Per client, the last round it trained in.
+        history (`list[dict]`, *optional*):
+            One entry per finished round.
+    """
+
+    rounds_done: int = 0
+    round_open: bool = False
+    waves_done: int = 0
+    wave_open: bool = False
+    wave_steps: int = 0
+    mean_weight: float = 0.0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+    last_round: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# Checkpoints
+
+STATE_FOLDER = "federation_state"
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or belongs to another federation."""
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Lists every file of a finished checkpoint with its size and SHA-256. Written last, it marks the whole as whole."""
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MANIFEST]
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in paths
+    }
+    write_json(checkpoint / STATE_FOLDER / _MANIFEST, files)
+
+
+def check_manifest(checkpoint: Path) -> None:
+    """
+    Checks that a checkpoint is whole.
+
+    Raises:
+        [`CheckpointError`]: a file is missing or differs, or the checkpoint was never finished.
+    """
+    manifest = checkpoint / STATE_FOLDER / _MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(
+            f"{checkpoint} is not a finished checkpoint of a federated run: {STATE_FOLDER}/{_MANIFEST} is missing. "
+            "Resume from an earlier checkpoint."
+        )
+    for name, expected in json.loads(manifest.read_text(encoding="utf-8")).items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{checkpoint} is damaged: {name} is missing. Resume from an earlier checkpoint.")
+        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
+            raise CheckpointError(
+                f"{checkpoint} is damaged: {name} is not the file that was written ({path.stat().st_size} bytes, "
+                f"{expected['bytes']} expected). Resume from an earlier checkpoint."
+            )
+
+
+def check_same_federation(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> None:
+    """
+    Checks that a checkpoint was written by a run with the same clients, adapter and base model.
+
+    Raises:
+        [`CheckpointError`]: they differ. The message names the first difference.
+    """
+    for key, value in current.items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{checkpoint} was written by another federation: its `{key}` is {_brief(saved.get(key))}, this run's "
+                f"is {_brief(value)}. Resume with the arguments of that run, or start anew in another `output_dir`."
+            )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def newest_whole_checkpoint(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """Finds the checkpoint with the highest step that is whole, calling `warn` for each newer one passed over."""
+    numbered = [
+        (int(match.group(1)), path)
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            check_manifest(path)
+        except CheckpointError as error:
+            warn(f"Passing over {path}: {error}")
+        else:
+            return path
+    return None
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all."""
+    _replace_atomically(target, lambda name: shutil.copyfile(source, name))

@@ -1,0 +1,1320 @@
+"""`FederatedMixin`, the federated loop over any `Trainer`, and `FederatedTrainer`, the loop over TRL's `SFTTrainer`."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import speed_metrics
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from . import hub
+from .aggregation import WeightedMean
+from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
+from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .parameters import clone_tensors, count_bytes
+from .partition import merge_clients, rows_by_client
+from .peft_config import validate_peft_config
+from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
+from .slots import Slots, SlotRows
+from .state import (
+    STATE_FOLDER,
+    CheckpointError,
+    ClientStore,
+    DiskClientStore,
+    MemoryClientStore,
+    RunState,
+    check_manifest,
+    check_same_federation,
+    newest_whole_checkpoint,
+    validate_client_ids,
+    write_json,
+    write_manifest,
+    write_safetensors,
+    write_text,
+)
+
+logger = logging.getLogger(__name__)
+
+# Id of the one client of a `Dataset` that names none.
+ONLY_CLIENT = "client_0"
+
+
+class FederatedMixin:
+    """
+    Federated training as a mixin over a [`~transformers.Trainer`]: many clients train in one `train()` call, only the
+    shared tensors of their adapters are averaged between rounds, and every client keeps the rest.
+
+    Put it before the Trainer: `class FederatedClassifier(FederatedMixin, Trainer)`. The model must be a
+    [`~peft.PeftModel`] once the Trainer is constructed. A Trainer whose forward pass cannot serve several clients at
+    once runs the clients of a wave one after the other within a step.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Passed to the Trainer.
+        args ([`FederatedConfig`]):
+            Arguments of the run.
+        train_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+            Rows of the clients: a dictionary (or [`~datasets.DatasetDict`]) from client id to rows, or one dataset
+            with a column `args.client_column`. One dataset without that column is one client.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Evaluation rows, in the same forms.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            Callbacks. A [`FederatedCallback`] also receives the round events.
+        kwargs:
+            Passed to the Trainer.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: FederatedConfig,
+        *,
+        train_dataset: Dataset | Mapping[str, Dataset],
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs,
+    ):
+        # Arguments
+        if not isinstance(args, FederatedConfig):
+            raise TypeError(f"`args` must be a `FederatedConfig`, got `{type(args).__name__}`.")
+        column = args.client_column
+
+        # Clients
+        train_dataset = _as_one_dataset(train_dataset, args, name="train_dataset")
+        self._names_clients = column in train_dataset.column_names
+        if self._names_clients:
+            self.client_ids = list(rows_by_client(train_dataset, column, name="train_dataset"))
+        else:
+            self.client_ids = [ONLY_CLIENT]
+        validate_client_ids(self.client_ids)
+        _check_federation_size(args, len(self.client_ids))
+        if self._names_clients and eval_dataset is not None:
+            eval_dataset = _as_one_dataset(eval_dataset, args, name="eval_dataset")
+            self._check_eval_clients(eval_dataset, args)
+
+        # One client that trains whole passes is what the Trainer does anyway, so its own loop and loader are kept.
+        single = len(self.client_ids) == 1
+        self._keeps_trainer_loop = single and args.local_steps is None and args.local_epochs in (None, 1)
+        if not self._keeps_trainer_loop:
+            _refuse_what_needs_the_trainer_loop(args)
+        self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
+        self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
+        # What the step in progress trains, see `get_batch_samples`.
+        self._step_items: dict[int, torch.Tensor | None] = {}
+        self._step_batches: dict[int, int] = {}
+        self._step_rows: SlotRows | None = None
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[RoundCallback(self), *(callbacks or [])],
+            **kwargs,
+        )
+        if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
+            self.pop_callback(ProgressCallback)
+            self.add_callback(FederatedProgressCallback(args.rounds))
+
+        # Rows
+        self._rows_of = self._find_rows()
+        if self._names_clients:
+            self.train_dataset = self.train_dataset.remove_columns(column)
+            if self.eval_dataset is not None:
+                self.eval_dataset = _split_by_client(self.eval_dataset, column)
+
+        # Slots
+        if not isinstance(self.model, PeftModel):
+            raise TypeError(
+                f"The model is a `{type(self.model).__name__}` without an adapter, but only adapters are trained and "
+                "shared. Pass `peft_config`, or a `PeftModel`."
+            )
+        validate_peft_config(next(iter(self.model.peft_config.values())))
+        per_round = min(args.clients_per_round or len(self.client_ids), len(self.client_ids))
+        num_slots = min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_round)
+        self._slots = Slots(self.model, num_slots, share_modules_to_save=args.share_modules_to_save)
+
+        # State: the server's tensors are fp32 whatever the slots train in, so that an average loses nothing.
+        self._shared = clone_tensors(self._slots.select(0, "shared"), dtype=torch.float32)
+        self._initial_shared = clone_tensors(self._shared)
+        self._initial_local = self._slots.take(0, "local")
+        self._clients = _make_store(args.client_store_dir, "clients")
+        self._optimizers = _make_store(args.client_store_dir, "optimizers")
+        self._mean = WeightedMean()
+        self._progress = RunState()
+        self._slot_of: dict[str, int] = {}
+        self._losses: dict[str, torch.Tensor] = {}
+        self._loss_counts: dict[str, int] = {}
+        self._schedule_at_round_start: dict[str, Any] | None = None
+        self._resuming = False
+        self._rounds: list[Round] = []
+        self._clock = time.perf_counter()
+
+    # Construction
+
+    def _check_eval_clients(self, eval_dataset: Dataset, args: FederatedConfig) -> None:
+        if args.client_column not in eval_dataset.column_names:
+            raise ValueError(
+                f"`eval_dataset` has no column `{args.client_column}`, so it is not known which client to evaluate on "
+                "which rows. Add the column, or pass a dictionary from client id to dataset."
+            )
+        unseen = sorted(set(eval_dataset.unique(args.client_column)) - set(self.client_ids), key=str)
+        if unseen and not args.eval_unseen_clients:
+            raise ValueError(
+                f"`eval_dataset` has rows of {unseen[0]!r}{_and_more(unseen)}, which has no training rows and so no B "
+                "of its own. Remove them, or set `eval_unseen_clients=True` to evaluate such clients with the shared "
+                "A and an untrained B."
+            )
+        validate_client_ids([*self.client_ids, *unseen])
+
+    def _find_rows(self) -> dict[str, list[int]]:
+        if not self._names_clients:
+            return {ONLY_CLIENT: list(range(len(self.train_dataset)))}
+        rows = rows_by_client(self.train_dataset, self.args.client_column, name="train_dataset")
+        work = self._local_work()
+        for client_id in self.client_ids:
+            if not rows.get(client_id):
+                raise ValueError(_EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=self._max_length()))
+            if work.batches_per_pass(len(rows[client_id])) == 0:
+                raise ValueError(
+                    f"Client {client_id!r} has {len(rows[client_id])} rows, fewer than one batch of "
+                    f"{work.batch_size}, and `dataloader_drop_last=True` drops them. Lower "
+                    "`per_device_train_batch_size` or set `dataloader_drop_last=False`."
+                )
+        return {client_id: rows[client_id] for client_id in self.client_ids}
+
+    def _max_length(self) -> int | None:
+        return getattr(self.args, "max_length", None)
+
+    def _local_work(self) -> LocalWork:
+        local_epochs = self.args.local_epochs or (1 if self.args.local_steps is None else None)
+        return LocalWork(
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            local_steps=self.args.local_steps,
+            local_epochs=local_epochs,
+            drop_last=self.args.dataloader_drop_last,
+        )
+
+    # What users read
+
+    @property
+    def round_history(self) -> list[dict[str, Any]]:
+        """
+        One entry per finished round: `round`, `clients`, `losses` and `weights` per client, `bytes_down` and
+        `bytes_up` over all clients, `seconds`, and the `step` it ended at.
+        """
+        return copy.deepcopy(self._progress.history)
+
+    def shared_state_dict(self) -> dict[str, torch.Tensor]:
+        """
+        The server's tensors: A as it was averaged last (or initialised).
+
+        Returns:
+            `dict[str, torch.Tensor]`: copies on the CPU, fp32, under the keys PEFT saves them with.
+        """
+        return clone_tensors(self._shared)
+
+    def client_state_dict(self, client_id: str) -> dict[str, torch.Tensor]:
+        """
+        What a client keeps: its B as trained so far, and its copy of any `modules_to_save` that is not shared.
+
+        Args:
+            client_id (`str`):
+                One of `client_ids`.
+
+        Returns:
+            `dict[str, torch.Tensor]`: copies on the CPU, fp32, under the keys PEFT saves them with.
+
+        Raises:
+            `ValueError`: there is no such client.
+        """
+        self._check_client(client_id)
+        return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
+
+    @contextlib.contextmanager
+    def use_client(self, client_id: str) -> Iterator[PeftModel]:
+        """
+        Within this context the model is the client's: the base with the shared A and the client's own B. A client that
+        is training at the moment is served as it is, mid-round.
+
+        Example:
+
+        ```python
+        >>> with trainer.use_client("client_1") as model:
+        ...     model.generate(**inputs)
+        ```
+        """
+        self._check_client(client_id)
+        tensors = self._client_tensors(client_id)
+        before = self._slots.take(0)
+        try:
+            self._slots.load(0, tensors)
+            yield self.model
+        finally:
+            self._slots.load(0, before)
+
+    def _check_client(self, client_id: str) -> None:
+        if client_id in self.client_ids:
+            return
+        if self.args.eval_unseen_clients and isinstance(self.eval_dataset, dict) and client_id in self.eval_dataset:
+            return
+        raise ValueError(
+            f"There is no client {client_id!r}. The clients are: {', '.join(self.client_ids[:20])}"
+            f"{_and_more(self.client_ids, 20)}."
+        )
+
+    def _local_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
+        if client_id in self._slot_of:
+            return self._slots.take(self._slot_of[client_id], "local")
+        return self._clients.get(client_id) if client_id in self._clients else self._initial_local
+
+    def _client_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
+        """The complete adapter a client serves with now, in the dtype of the slots."""
+        if client_id in self._slot_of:
+            return self._slots.take(self._slot_of[client_id])
+        return {**self._broadcast(), **self._local_tensors(client_id)}
+
+    def _broadcast(self) -> dict[str, torch.Tensor]:
+        """The server's tensors as they travel to a client: in the dtype the client trains in."""
+        slot = self._slots.select(0, "shared")
+        return {key: tensor.to(slot[key].dtype) for key, tensor in self._shared.items()}
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self._keeps_trainer_loop:
+            return loader
+        self._rounds = self._plan_rounds()
+        longest = max(round_.num_steps for round_ in self._rounds)
+        # The Trainer's loader already has the right columns and collator; only the order of the rows is ours.
+        return DataLoader(
+            _SlotDataset(loader.dataset),
+            batch_sampler=_RoundSampler(self._micro_batches, longest * self.args.gradient_accumulation_steps),
+            collate_fn=_SlotCollator(loader.collate_fn),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def _plan_rounds(self) -> list[Round]:
+        num_rows = {client_id: len(rows) for client_id, rows in self._rows_of.items()}
+        work = self._local_work()
+        return [
+            plan_round(
+                round_index=round_index,
+                num_rows=num_rows,
+                work=work,
+                clients_per_round=self.args.clients_per_round,
+                parallel_clients=len(self._slots),
+                seed=self.args.seed,
+            )
+            for round_index in range(self.args.rounds)
+        ]
+
+    def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
+        """
+        The open round's micro-batches as `(slot, row)` pairs. Every step has as many as there are accumulation steps:
+        where all clients have run out, the last ones are empty.
+        """
+        work = self._local_work()
+        round_ = self._rounds[self._progress.rounds_done]
+        for wave in round_.waves:
+            steps = [
+                work.steps(len(self._rows_of[client_id]), self._row_order(client_id, round_.round_index, work))
+                for client_id in wave.client_ids
+            ]
+            for step in range(wave.num_steps):
+                for i in range(work.accumulation_steps):
+                    yield [
+                        (slot, self._rows_of[client_id][row])
+                        for slot, client_id in enumerate(wave.client_ids)
+                        if step < len(steps[slot]) and i < len(steps[slot][step])
+                        for row in steps[slot][step][i]
+                    ]
+
+    def _row_order(self, client_id: str, round_index: int, work: LocalWork) -> Callable[[int], list[int]]:
+        """Order of a client's rows in each pass of a round, from (seed, round, client) alone."""
+        num_rows = len(self._rows_of[client_id])
+        strategy = self.args.train_sampling_strategy
+        base_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+        def order(pass_index: int) -> list[int]:
+            if strategy == "sequential":
+                return list(range(num_rows))
+            if len(self.client_ids) == 1:
+                # Accelerate shuffles epoch e with the generator seeded `seed + e`; a lone client sees the same rows.
+                seed = base_seed + round_index * work.num_passes(num_rows) + pass_index
+            else:
+                seed = derive_seed(base_seed, "rows", round_index, client_id, pass_index)
+            generator = torch.Generator().manual_seed(seed)
+            if strategy == "group_by_length":
+                lengths = self._row_lengths()
+                batch = work.batch_size * work.accumulation_steps
+                rows = self._rows_of[client_id]
+                return list(LengthGroupedSampler(batch, lengths=[lengths[row] for row in rows], generator=generator))
+            return torch.randperm(num_rows, generator=generator).tolist()
+
+        return order
+
+    def _row_lengths(self) -> list[int]:
+        if self.args.length_column_name in self.train_dataset.column_names:
+            return self.train_dataset[:][self.args.length_column_name]
+        return [len(ids) for ids in self.train_dataset[:]["input_ids"]]
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader):
+        values = super().set_initial_training_values(args, dataloader)
+        if self._keeps_trainer_loop:
+            return values
+        epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
+        max_steps = sum(round_.num_steps for round_ in self._rounds)
+        num_samples = max_steps * total_batch_size
+        return epochs, steps_per_epoch, num_examples, num_samples, total_batch_size, steps_in_epoch, max_steps
+
+    # Under `local_epochs`, rounds differ in length, but the Trainer finds the epoch of a step by division.
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
+        epochs_trained, steps_trained = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self._keeps_trainer_loop or resume_from_checkpoint is None:
+            return epochs_trained, steps_trained
+        rounds_done = self._progress.rounds_done
+        steps_in_round = self.state.global_step - sum(round_.num_steps for round_ in self._rounds[:rounds_done])
+        return rounds_done, steps_in_round * self.args.gradient_accumulation_steps
+
+    # Computation
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._keeps_trainer_loop:
+            return batches, num_items
+        parts: dict[int, list[dict[str, Any]]] = {}
+        for batch in batches:
+            for slot, part in _split_rows(batch, batch["slot_rows"]):
+                parts.setdefault(slot, []).append(part)
+        # Each client's loss is normalised by its own tokens, counted the way the Trainer counts a whole batch.
+        self._step_items = {slot: self._get_num_items_in_batch(part, device) for slot, part in parts.items()}
+        self._step_batches = {slot: len(part) for slot, part in parts.items()}
+        return batches, num_items
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        if self._keeps_trainer_loop:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self._add_loss(0, loss)
+            return loss
+        slot_rows: SlotRows = inputs.pop("slot_rows")
+        if not slot_rows:
+            return torch.zeros((), device=self.args.device)
+        if self._serves_clients_together(num_items_in_batch):
+            with self._serving(slot_rows, inputs):
+                self._step_rows = slot_rows
+                try:
+                    loss = super().training_step(model, inputs, num_items_in_batch)
+                finally:
+                    self._step_rows = None
+        else:
+            loss = torch.zeros((), device=self.args.device)
+            accumulation_steps = self.current_gradient_accumulation_steps
+            for slot, part in _split_rows(inputs, slot_rows):
+                # Losses that are not normalised by a count of items are averaged over the client's own micro-batches.
+                self.current_gradient_accumulation_steps = self._step_batches[slot]
+                with self._serving(((slot, _num_rows(part)),), part):
+                    client_loss = super().training_step(model, part, self._step_items[slot])
+                self._add_loss(slot, client_loss)
+                loss = loss + client_loss
+            self.current_gradient_accumulation_steps = accumulation_steps
+        # What was backpropagated is the sum over clients; what is logged is the mean.
+        return loss / len(self._step_batches)
+
+    def _serving(self, slot_rows: SlotRows, inputs: Mapping[str, Any]):
+        main_input = inputs.get(self.model.main_input_name)
+        length = main_input.shape[1] if isinstance(main_input, torch.Tensor) and main_input.dim() > 1 else None
+        return self._slots.rows(slot_rows, sequence_length=length)
+
+    def _serves_clients_together(self, num_items_in_batch) -> bool:
+        """Whether one forward pass yields a loss per row. If not, the clients of a step run one after the other."""
+        return False
+
+    def _score_rows(self, model: nn.Module, inputs: dict[str, Any]):
+        """One forward pass for all rows, returning what `compute_loss` reads, row by row."""
+        raise RuntimeError("`_score_rows` is needed where `_serves_clients_together` is true.")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._step_rows is None:
+            return super().compute_loss(
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+            )
+        # One forward pass for all clients; then the Trainer computes each client's loss from that client's rows of the
+        # outputs, so its loss types and metrics apply as they are.
+        outputs = self._score_rows(model, inputs)
+        total = None
+        parts = zip(_split_rows(inputs, self._step_rows), _split_rows(outputs, self._step_rows), strict=True)
+        for (slot, client_inputs), (_, client_outputs) in parts:
+            replay = _Replay(type(outputs)(**client_outputs))
+            loss = super().compute_loss(replay, client_inputs, num_items_in_batch=self._step_items[slot])
+            self._add_loss(slot, loss)
+            total = loss if total is None else total + loss
+        return total
+
+    def _add_loss(self, slot: int, loss: torch.Tensor) -> None:
+        client_id = self._client_in(slot)
+        self._losses[client_id] = self._losses.get(client_id, 0.0) + loss.detach().float()
+
+    def _client_in(self, slot: int) -> str:
+        return next(client_id for client_id, other in self._slot_of.items() if other == slot)
+
+    # A client's gradient must not depend on who trains beside it, so each slot is clipped by its own norm.
+    def _clip_grad_norm(self, model):
+        if self._keeps_trainer_loop:
+            return super()._clip_grad_norm(model)
+        return self._clip_slots(self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if self._keeps_trainer_loop or grad_norm is not None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._clip_slots(math.inf)
+
+    def _clip_slots(self, max_norm: float) -> torch.Tensor:
+        """Clips each client's gradients and returns the mean of their norms."""
+        self.accelerator.unscale_gradients()
+        norms = []
+        for slot in range(len(self._slots)):
+            trained = [p for p in self._slots.parameters[slot].values() if p.grad is not None]
+            if trained:
+                norms.append(nn.utils.clip_grad_norm_(trained, max_norm))
+        return torch.stack(norms).mean()
+
+    # Optimizer and schedule
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self._fresh_optimizer_groups is None:
+            self._fresh_optimizer_groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
+            if any(id(p) not in known for p in slots):
+                raise ValueError(
+                    "The optimizer passed in `optimizers` does not hold the parameters of all slots, which the trainer "
+                    "makes. Pass `optimizer_cls_and_kwargs` instead, or set `parallel_clients=1`."
+                )
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
+        if not self._keeps_trainer_loop:
+            # The learning rate follows the client's own steps, of which there are fewer than the run's.
+            num_training_steps = sum(round_.local_steps for round_ in self._rounds)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    @property
+    def _steps_schedule(self) -> bool:
+        # Schedulers that follow a metric are stepped by evaluations, not by optimizer steps.
+        return not self._keeps_trainer_loop and self.args.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")
+
+    def _rewind_schedule(self) -> None:
+        self.lr_scheduler.load_state_dict(copy.deepcopy(self._schedule_at_round_start))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _optimizer_entries(self) -> dict[tuple[int, str], int]:
+        """Position of every slot's parameters in the optimizer's state dict, as `(slot, key) -> position`."""
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        position = {id(p): i for i, p in enumerate(ordered)}
+        return {
+            (slot, key): position[id(p)]
+            for slot, parameters in enumerate(self._slots.parameters)
+            for key, p in parameters.items()
+            if id(p) in position
+        }
+
+    def _set_optimizer_state(self, state: dict[int, dict[str, Any]]) -> None:
+        """Replaces all of the optimizer's state. Learning rates stay; other counters in the groups start anew."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        for group, fresh in zip(groups, self._fresh_optimizer_groups, strict=True):
+            group.update({k: copy.deepcopy(v) for k, v in fresh.items() if k not in ("params", "lr", "initial_lr")})
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _take_optimizer_state(self, slot: int) -> dict[str, torch.Tensor]:
+        """A slot's optimizer state as tensors, numbers among them as tensors without dimensions."""
+        state = self.optimizer.state_dict()["state"]
+        return {
+            f"{key}|{name}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
+            for (owner, key), position in self._optimizer_entries().items()
+            if owner == slot
+            for name, value in state.get(position, {}).items()
+            if isinstance(value, (torch.Tensor, int, float))
+        }
+
+    def _load_optimizer_states(self, wave: Wave) -> None:
+        state: dict[int, dict[str, Any]] = {}
+        entries = self._optimizer_entries()
+        for slot, client_id in enumerate(wave.client_ids):
+            if client_id in self._optimizers:
+                for name, value in self._optimizers.get(client_id).items():
+                    key, _, field = name.partition("|")
+                    # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
+                    number = value.dim() == 0 and not value.is_floating_point()
+                    state.setdefault(entries[slot, key], {})[field] = value.item() if number else value
+        self._set_optimizer_state(state)
+
+    # Rounds: called by `RoundCallback` from the Trainer's events
+
+    def begin_run(self) -> None:
+        """Starts from the initial state, unless a checkpoint has just been loaded."""
+        if not self._resuming:
+            self._shared = clone_tensors(self._initial_shared)
+            self._clients.clear()
+            self._optimizers.clear()
+            self._mean, self._progress = WeightedMean(), RunState()
+            self._slot_of, self._losses, self._loss_counts = {}, {}, {}
+        self._resuming = False
+        if self.is_world_process_zero():
+            self._write_rounds(Path(self.args.output_dir))
+
+    def begin_round(self) -> None:
+        """Announces the round. Its clients are loaded at its first step."""
+        self._clock = time.perf_counter()
+        self._call_round_event(
+            "on_round_begin", round_index=self._progress.rounds_done, client_ids=self._current_round().client_ids
+        )
+
+    def begin_step(self) -> None:
+        """Loads the next wave's clients if none are in the slots, and makes the step's random numbers its own."""
+        progress = self._progress
+        wave = self._current_wave()
+        if not progress.wave_open:
+            self._open_wave(wave)
+        if not self._keeps_trainer_loop:
+            # From (seed, round, clients, step) alone, so that a step can be replayed whatever was drawn before it.
+            torch.manual_seed(
+                derive_seed(self.args.seed, "step", progress.rounds_done, *wave.client_ids, progress.wave_steps)
+            )
+
+    def end_step(self) -> None:
+        """Counts the step and, after the wave's last one, takes the clients out of the slots."""
+        progress = self._progress
+        progress.wave_steps += 1
+        slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
+        for slot in slots:
+            client_id = self._client_in(slot)
+            self._loss_counts[client_id] = self._loss_counts.get(client_id, 0) + 1
+        if self._keeps_trainer_loop:
+            return  # The Trainer's loader knows how long the pass is, and ends the epoch.
+        if progress.wave_steps == self._current_wave().num_steps:
+            self._close_wave()
+            if progress.waves_done == len(self._current_round().waves):
+                self._close_round()
+
+    def end_round(self) -> None:
+        """Closes a round that is still open: one that the Trainer's loop ran, or one that a callback cut short."""
+        if self._progress.wave_open:
+            self._close_wave()
+        if self._progress.round_open:
+            self._close_round()
+
+    def end_run(self) -> None:
+        """Leaves the model with the first client's adapter. [`use_client`] switches to another."""
+        self.end_round()
+        self._slots.load(0, self._client_tensors(self.client_ids[0]))
+
+    def _current_round(self) -> Round:
+        if self._keeps_trainer_loop:
+            wave = Wave(tuple(self.client_ids), num_steps=0)
+            return Round(self._progress.rounds_done, tuple(self.client_ids), (wave,))
+        return self._rounds[self._progress.rounds_done]
+
+    def _current_wave(self) -> Wave:
+        return self._current_round().waves[self._progress.waves_done]
+
+    def _open_wave(self, wave: Wave) -> None:
+        progress = self._progress
+        if not progress.round_open:
+            progress.round_open = True
+            if self._steps_schedule:
+                self._schedule_at_round_start = copy.deepcopy(self.lr_scheduler.state_dict())
+        elif self._steps_schedule:
+            self._rewind_schedule()
+        sent = self._broadcast()
+        for slot, client_id in enumerate(wave.client_ids):
+            self._slots.load(slot, sent, self._local_tensors(client_id))
+            progress.bytes_down += count_bytes(sent)
+        self._slot_of = {client_id: slot for slot, client_id in enumerate(wave.client_ids)}
+        if self._resets_optimizer:
+            self._set_optimizer_state({})
+        elif not self._keeps_trainer_loop:
+            self._load_optimizer_states(wave)
+        progress.wave_open, progress.wave_steps = True, 0
+
+    def _close_wave(self) -> None:
+        progress = self._progress
+        wave = self._current_wave()
+        # Schedule-free optimizers hold other weights while they train than those to be used.
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if callable(getattr(inner, "eval", None)):
+            inner.eval()
+        for slot, client_id in enumerate(wave.client_ids):
+            received = self._slots.take(slot, "shared")
+            progress.bytes_up += count_bytes(received)
+            self._mean.add(received, self._weight(client_id))
+            self._clients.put(client_id, self._slots.take(slot, "local"))
+            progress.last_round[client_id] = progress.rounds_done
+            if not self._resets_optimizer and not self._keeps_trainer_loop:
+                self._optimizers.put(client_id, self._take_optimizer_state(slot))
+        if not self._keeps_trainer_loop:
+            self._set_optimizer_state({})
+        self._slot_of = {}
+        progress.wave_open, progress.waves_done = False, progress.waves_done + 1
+
+    def _weight(self, client_id: str) -> float:
+        if self.args.aggregation_weighting == "uniform":
+            return 1.0
+        num_rows = len(self._rows_of[client_id])
+        if self._keeps_trainer_loop:
+            return float(num_rows)
+        work = self._local_work()
+        return float(work.num_examples(num_rows, self._loss_counts[client_id]))
+
+    def _close_round(self) -> None:
+        progress = self._progress
+        self._shared = self._mean.mean
+        metrics = round_metrics(
+            round_index=progress.rounds_done,
+            losses={client_id: float(loss) / self._loss_counts[client_id] for client_id, loss in self._losses.items()},
+            weights={client_id: self._weight(client_id) for client_id in self._losses},
+            bytes_down=progress.bytes_down,
+            bytes_up=progress.bytes_up,
+            seconds=progress.seconds + time.perf_counter() - self._clock,
+        )
+        metrics["step"] = self.state.global_step
+        self._advance_schedule_to_round_end()
+        progress.history.append(metrics)
+        self._progress = RunState(
+            rounds_done=progress.rounds_done + 1, last_round=progress.last_round, history=progress.history
+        )
+        self._mean, self._losses, self._loss_counts = WeightedMean(), {}, {}
+        if self.is_world_process_zero():
+            self._write_rounds(Path(self.args.output_dir))
+        # Logging clears the flag, but the Trainer's own line for this step is still to come.
+        should_log = self.control.should_log
+        self.log(log_line(metrics))
+        self.control.should_log = should_log
+        self._call_round_event("on_round_end", metrics=copy.deepcopy(metrics))
+
+    def _advance_schedule_to_round_end(self) -> None:
+        """The last wave may have been shorter than the round is on the schedule."""
+        if self._steps_schedule:
+            for _ in range(self._current_round().local_steps - self._progress.wave_steps):
+                self.lr_scheduler.step()
+
+    def _call_round_event(self, event: str, **kwargs) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, FederatedCallback):
+                getattr(callback, event)(self.args, self.state, self.control, trainer=self, **kwargs)
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | Mapping[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Evaluates every client on its own rows with its own adapter.
+
+        Args:
+            eval_dataset ([`~datasets.Dataset`], `dict[str, Dataset]` or `str`, *optional*):
+                Rows in the forms of the constructor's `eval_dataset`, which is the default. A client id evaluates that
+                client alone.
+            ignore_keys (`list[str]`, *optional*):
+                Keys of the model's output to ignore when gathering predictions.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: `eval_<client_id>_loss` for every client, and `eval_loss`, their mean; likewise for
+            metrics of `compute_metrics`.
+        """
+        if not self._names_clients:
+            return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+        if eval_dataset is None and self.eval_dataset is None:
+            return super().evaluate()  # Raises the Trainer's own error.
+        if isinstance(eval_dataset, str):
+            self._check_client(eval_dataset)
+            datasets: Mapping[str, Any] = {eval_dataset: eval_dataset}
+        elif eval_dataset is None:
+            datasets = {client_id: client_id for client_id in self.eval_dataset}
+        else:
+            datasets = self._prepare_eval_clients(eval_dataset)
+
+        start_time = time.time()
+        metrics: dict[str, float] = {}
+        by_name: dict[str, list[float]] = {}
+        num_samples = num_steps = 0
+        for client_id, rows in datasets.items():
+            prefix = f"{metric_key_prefix}_{client_id}"
+            dataloader = self.get_eval_dataloader(rows)
+            with self.use_client(client_id):
+                output = self.evaluation_loop(
+                    dataloader,
+                    description=f"Evaluation of {client_id}",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=prefix,
+                )
+            num_samples += output.num_samples
+            num_steps += math.ceil(output.num_samples / self.args.eval_batch_size)
+            for key, value in output.metrics.items():
+                name = key.removeprefix(f"{prefix}_")
+                if name != "model_preparation_time":
+                    metrics[key] = value
+                    by_name.setdefault(name, []).append(value)
+        for name, values in by_name.items():
+            if all(isinstance(value, (int, float)) for value in values):
+                metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        metrics.update(speed_metrics(metric_key_prefix, start_time, num_samples=num_samples, num_steps=num_steps))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _prepare_eval_clients(self, eval_dataset: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
+        merged = _as_one_dataset(eval_dataset, self.args, name="eval_dataset")
+        self._check_eval_clients(merged, self.args)
+        return _split_by_client(self._prepare_rows(merged), self.args.client_column)
+
+    def _prepare_rows(self, dataset: Dataset) -> Dataset:
+        """Does to rows what the Trainer's constructor does, such as tokenizing them."""
+        return dataset
+
+    # Saving
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves what the clients serve with.
+
+        Writes `shared/` (A alone, fp32), `clients/<client_id>/` (complete adapters, which load with stock PEFT),
+        `federation.json`, `rounds.jsonl` and the tokenizer to `output_dir`. One client that is named nowhere is also
+        saved the way its Trainer saves, in `output_dir` itself.
+        """
+        directory = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if _internal_call and not self.args.save_only_model:
+            if self.args.should_save:
+                self._save_state(directory)
+            return
+        if not self._names_clients:
+            super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            self._save_federation(directory)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_federation(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(directory))
+        torch.save(self.args, directory / "training_args.bin")
+        self._write_rounds(directory)
+        hub.save_federation(
+            directory,
+            model=self.model,
+            adapter_name=self._slots.names[0],
+            method=self._slots.method,
+            shared=self._shared,
+            client_ids=self.client_ids,
+            client_tensors=self._client_tensors,
+            initial_tensors={**self._initial_shared, **self._initial_local},
+            summary=self._summary(),
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        return {
+            "rounds_done": self._progress.rounds_done,
+            "num_rounds": self.args.rounds,
+            "aggregation_weighting": self.args.aggregation_weighting,
+            "share_modules_to_save": self.args.share_modules_to_save,
+            "clients": {
+                client_id: {
+                    "num_examples": len(self._rows_of[client_id]),
+                    "last_round": self._progress.last_round.get(client_id),
+                }
+                for client_id in self.client_ids
+            },
+        }
+
+    def _write_rounds(self, directory: Path) -> None:
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self._progress.history)
+        write_text(directory / "rounds.jsonl", lines)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be this run's: whatever the plan of the rounds or a shape depends on."""
+        work = self._local_work()
+        config = self._slots.config
+        return {
+            "method": self._slots.method.name,
+            "base_model": _base_model_name(self.model),
+            "client_ids": sorted(self.client_ids),
+            "num_rows": {client_id: len(self._rows_of[client_id]) for client_id in sorted(self.client_ids)},
+            "r": config.r,
+            "lora_alpha": getattr(config, "lora_alpha", None),
+            "tensors": {key: list(p.shape) for key, p in self._slots.parameters[0].items()},
+            "share_modules_to_save": self.args.share_modules_to_save,
+            "seed": self.args.seed,
+            "data_seed": self.args.data_seed,
+            "clients_per_round": self.args.clients_per_round,
+            "parallel_clients": len(self._slots),
+            "work": dataclasses.asdict(work),
+        }
+
+    def _save_state(self, checkpoint: Path) -> None:
+        """Everything of the federation that a resumed run needs. The Trainer adds optimizer, schedule and generators."""
+        folder = checkpoint / STATE_FOLDER
+        self._progress.losses = {
+            client_id: [float(loss), self._loss_counts.get(client_id, 0)] for client_id, loss in self._losses.items()
+        }
+        progress = dataclasses.replace(
+            self._progress,
+            mean_weight=self._mean.total_weight,
+            seconds=self._progress.seconds + (time.perf_counter() - self._clock if self._progress.round_open else 0.0),
+        )
+        server = {f"shared|{key}": tensor for key, tensor in self._shared.items()}
+        server |= {f"mean|{key}": tensor for key, tensor in self._mean.mean.items()}
+        write_safetensors(folder / "server.safetensors", server)
+        for client_id in self._clients:
+            write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
+        for client_id in self._optimizers:
+            write_safetensors(folder / "optimizers" / f"{client_id}.safetensors", self._optimizers.get(client_id))
+        if progress.wave_open:
+            slots = {f"{slot}|{k}": t for slot in self._slot_of.values() for k, t in self._slots.take(slot).items()}
+            write_safetensors(folder / "slots.safetensors", slots)
+        if progress.round_open and self._schedule_at_round_start is not None:
+            torch.save(self._schedule_at_round_start, folder / "schedule_at_round_start.pt")
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(str(checkpoint))
+        torch.save(self.args, checkpoint / "training_args.bin")
+        write_json(folder / "state.json", {"identity": self._identity(), "progress": progress.to_dict()})
+
+    # The manifest must come after everything the Trainer writes.
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save and not self.args.save_only_model:
+            write_manifest(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    # Resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """
+        Runs all rounds.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
+                run that was never interrupted.
+            args, kwargs:
+                Passed to the Trainer.
+
+        Raises:
+            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
+        """
+        if resume_from_checkpoint is True:
+            newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
+            if newest is None:
+                raise CheckpointError(
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no whole checkpoint. Call "
+                    "`train()` without it to start from the beginning."
+                )
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # The Trainer would load one adapter into the model and refuse a folder that holds none.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        checkpoint = Path(resume_from_checkpoint)
+        check_manifest(checkpoint)
+        folder = checkpoint / STATE_FOLDER
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        check_same_federation(state["identity"], json.loads(json.dumps(self._identity())), checkpoint)
+
+        self._progress = RunState(**state["progress"])
+        server = load_file(folder / "server.safetensors")
+        self._shared = {k.removeprefix("shared|"): t for k, t in server.items() if k.startswith("shared|")}
+        mean = {k.removeprefix("mean|"): t for k, t in server.items() if k.startswith("mean|")}
+        self._mean = WeightedMean(mean, self._progress.mean_weight)
+        self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
+        self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
+        for store, name in ((self._clients, "clients"), (self._optimizers, "optimizers")):
+            store.clear()
+            for path in sorted((folder / name).glob("*.safetensors")):
+                store.put(path.name.removesuffix(".safetensors"), load_file(path))
+        schedule = folder / "schedule_at_round_start.pt"
+        self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
+        self._slot_of = {}
+        if self._progress.wave_open:
+            if self._keeps_trainer_loop:
+                wave = self._current_wave()
+            else:
+                wave = self._plan_rounds()[self._progress.rounds_done].waves[self._progress.waves_done]
+            slots = load_file(folder / "slots.safetensors")
+            for slot, client_id in enumerate(wave.client_ids):
+                prefix = f"{slot}|"
+                self._slots.load(slot, {k.removeprefix(prefix): t for k, t in slots.items() if k.startswith(prefix)})
+                self._slot_of[client_id] = slot
+        elif self._keeps_trainer_loop:
+            self._slots.load(0, self._client_tensors(self.client_ids[0]))
+        self._resuming = True
+
+
+class FederatedTrainer(FederatedMixin, SFTTrainer):
+    """
+    Drop-in for [`~trl.SFTTrainer`] that trains a federation with FedSA-LoRA (https://arxiv.org/abs/2410.01463): clients
+    train both factors of every adapter, only A is averaged between rounds, and each client's B stays its own.
+
+    One dataset without a client column is one client, and the weights are then those of `SFTTrainer` with the same
+    arguments and seed.
+
+    Example:
+
+    ```python
+    >>> from hf_fedsa import FederatedConfig, FederatedTrainer, FedSALoraConfig
+
+    >>> trainer = FederatedTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     args=FederatedConfig(output_dir="out", num_rounds=10, local_steps=10),
+    ...     train_dataset={"hospital_a": rows_a, "hospital_b": rows_b},
+    ...     peft_config=FedSALoraConfig(r=8, lora_alpha=16),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            See [`~trl.SFTTrainer`].
+        args ([`FederatedConfig`] or [`~trl.SFTConfig`], *optional*):
+            Arguments of the run. An `SFTConfig` gives one round per epoch.
+        train_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+            Rows of the clients, in any format `SFTTrainer` takes: a dictionary from client id to rows, or one dataset
+            with a column `args.client_column`.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Evaluation rows, in the same forms.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter, required unless `model` is a `PeftModel`: a [`FedSALoraConfig`], a [`FedSAVeraConfig`], or the
+            stock config of either.
+        data_collator, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers,
+        optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, formatting_func:
+            See [`~trl.SFTTrainer`].
+    """
+
+    _tag_names = ["trl", "sft", "hf_fedsa", "federated-learning"]
+    _name = "FedSA-LoRA"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: SFTConfig | TrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        quantization_config: Any | None = None,
+        peft_config: PeftConfig | None = None,
+        formatting_func: Callable[[dict], str] | None = None,
+    ):
+        # Arguments
+        args = _as_federated_config(args, model)
+        if isinstance(model, PeftModel):
+            if peft_config is None:
+                for config in model.peft_config.values():
+                    validate_peft_config(config)
+        else:
+            validate_peft_config(peft_config)
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            formatting_func=formatting_func,
+        )
+
+    def _prepare_rows(self, dataset: Dataset) -> Dataset:
+        if self._skip_prepare_dataset:
+            return dataset
+        return self._prepare_dataset(dataset, self.processing_class, self.args, False, self._formatting_func, "eval")
+
+    def _serves_clients_together(self, num_items_in_batch) -> bool:
+        # These losses need more of the model than per-token log-probabilities, or look at the batch as a whole.
+        return (
+            num_items_in_batch is not None
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+        )
+
+    def _score_rows(self, model: nn.Module, inputs: dict[str, Any]) -> FusedCausalLMOutput:
+        """
+        Log-probability, entropy and rank of every next token, each of shape `(rows, seq_len - 1)`.
+
+        TRL's fused head saves memory and time on an accelerator. On the CPU it takes about half a step more than plain
+        logits. It also reads the head's weight by itself, past a head that each client has its own copy of.
+        """
+        head = self.model.get_output_embeddings()
+        if inputs["input_ids"].device.type != "cpu" and not isinstance(
+            head, (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        ):
+            return model(**{**inputs, "use_cache": False}, fused_lm_head=True)
+        labels = inputs["labels"][:, 1:]
+        mask = labels != -100
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1]
+        scored = F.log_softmax(logits[mask].float(), dim=-1)  # (tokens, vocabulary)
+        chosen = scored.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
+        with torch.no_grad():
+            entropy = -(scored.exp() * scored).sum(-1)
+            is_top1 = scored.argmax(-1) == labels[mask]
+
+        def in_place(values: torch.Tensor) -> torch.Tensor:
+            return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+        return FusedCausalLMOutput(
+            log_probs=in_place(chosen), entropy=in_place(entropy), is_top1=in_place(is_top1), label_mask=mask
+        )
+
+    # TRL adds its running token metrics to whatever is logged next and starts them anew: a round's line must not take
+    # them from the training log.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "round" not in logs:
+            return super().log(logs, start_time)
+        mode = "train" if self.model.training else "eval"
+        kept = self._metrics[mode].copy()
+        self._metrics[mode].clear()
+        super().log(logs, start_time)
+        self._metrics[mode].update(kept)
+
+
+# Loading rows
+
+
+class _SlotDataset(torch.utils.data.Dataset):
+    """Rows of a dataset by `(slot, row)`."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
+        rows = self.dataset.__getitems__([row for _, row in keys]) if keys else []
+        return [(slot, row) for (slot, _), row in zip(keys, rows, strict=True)]
+
+
+class _SlotCollator:
+    """Collates rows of several clients and adds `slot_rows`, the number of rows of each slot, in order."""
+
+    def __init__(self, collate: Callable):
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+        if not items:
+            # The Trainer counts tokens in every micro-batch, also in one that no client has rows for.
+            empty = torch.zeros((0, 1), dtype=torch.long)
+            return {"input_ids": empty, "labels": empty, "slot_rows": ()}
+        counts: dict[int, int] = {}
+        for slot, _ in items:
+            counts[slot] = counts.get(slot, 0) + 1
+        batch = self.collate([row for _, row in items])
+        return {**batch, "slot_rows": tuple(counts.items())}
+
+
+class _RoundSampler(Sampler):
+    """Batches of the round that is open when iteration starts."""
+
+    def __init__(self, batches: Callable[[], Iterator[list[tuple[int, int]]]], length: int):
+        self.batches = batches
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.batches()
+
+
+class _Replay:
+    """Stands in for the model where its outputs are already known."""
+
+    def __init__(self, outputs):
+        self.outputs = outputs
+
+    def __call__(self, *args, **kwargs):
+        return self.outputs
+
+
+def _num_rows(inputs: Mapping[str, Any]) -> int:
+    return next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
+
+
+def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each slot's part of a batch: its rows of every tensor that has one entry per row, all else as it is."""
+    total = sum(count for _, count in slot_rows)
+    start = 0
+    for slot, count in slot_rows:
+        yield (
+            slot,
+            {
+                key: value[start : start + count]
+                if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total
+                else value
+                for key, value in inputs.items()
+            },
+        )
+        start += count
+
+
+# Checks before a model loads
+
+_EMPTY_AFTER_TRUNCATION = (
+    "Client {client_id!r} has no row left to train on: `max_length={max_length}` cuts off every token that counts for "
+    "the loss. Raise `max_length`, or leave the client out."
+)
+
+
+def _and_more(items: list, shown: int = 1) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+def _as_federated_config(args: TrainingArguments | None, model: Any) -> FederatedConfig:
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return FederatedConfig(f"{name.split('/')[-1]}-FedSA")
+    if isinstance(args, FederatedConfig):
+        return args
+    if not isinstance(args, TrainingArguments):
+        raise TypeError(f"`args` must be a `FederatedConfig` or `SFTConfig`, got `{type(args).__name__}`.")
+    # Not `to_dict`, which replaces everything named a token, the end-of-sequence token included, by a placeholder.
+    return FederatedConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init})
+
+
+def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
+    if isinstance(dataset, Mapping):
+        if not dataset:
+            raise ValueError(f"`{name}` is an empty dictionary. Pass at least one client with its rows.")
+        validate_client_ids(dataset)
+        return merge_clients(dataset, args.client_column)
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{name}` is an `IterableDataset`, which has no length, but rounds are planned from the number of rows of "
+            "each client. Pass `Dataset`s; `Dataset.from_generator` makes one."
+        )
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{name}` must be a `Dataset` or a dictionary of them, got `{type(dataset).__name__}`.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` has no rows.")
+    if args.client_column not in dataset.column_names:
+        wants_clients = args.client_column != FederatedConfig.client_column or (args.clients_per_round or 1) > 1
+        if wants_clients:
+            raise ValueError(
+                f"`{name}` has no column `{args.client_column}` to tell the clients apart, only: "
+                f"{', '.join(dataset.column_names)}. Set `client_column` to one of those, or pass a dictionary from "
+                "client id to dataset."
+            )
+        return dataset
+    if not isinstance(dataset.features[args.client_column].dtype, str) or dataset.features[
+        args.client_column
+    ].dtype not in ("string", "large_string"):
+        raise TypeError(
+            f"Column `{args.client_column}` of `{name}` must hold client ids as strings, got "
+            f"{dataset.features[args.client_column]}. Convert it, e.g. with `partition_by_column`."
+        )
+    return dataset
+
+
+def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
+    if args.clients_per_round is not None and args.clients_per_round > num_clients:
+        raise ValueError(
+            f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower it, "
+            "or leave it out to train all of them in every round."
+        )
+
+
+def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
+    if args.packing or args.eval_packing:
+        raise ValueError(
+            "`packing=True` puts rows of different clients into one sequence. Set `packing=False` (and leave "
+            "`eval_packing` out); `train_sampling_strategy='group_by_length'` also saves padding."
+        )
+    if args.padding_free:
+        raise ValueError(
+            "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
+            "`padding_free=False`."
+        )
+    if args.max_steps > 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}` would stop in the middle of a round, with some of its clients trained and "
+            "others not. Set `num_rounds` with `local_steps` or `local_epochs`."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` deals rows to processes, but rows belong to clients. Use "
+            "'random', 'sequential' or 'group_by_length'."
+        )
+
+
+def _split_by_client(dataset: Dataset, column: str) -> dict[str, Dataset]:
+    rows = rows_by_client(dataset, column, name="eval_dataset")
+    plain = dataset.remove_columns(column)
+    return {client_id: plain.select(indices) for client_id, indices in rows.items()}
+
+
+def _make_store(directory: str | None, name: str) -> ClientStore:
+    return MemoryClientStore() if directory is None else DiskClientStore(Path(directory) / name)
+
+
+def _base_model_name(model: PeftModel) -> str:
+    return model.get_base_model().config._name_or_path

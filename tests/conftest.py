@@ -1,0 +1,107 @@
+"""A two-layer Llama and a word tokenizer, both made in memory, and federations of a few rows."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_fedsa import FederatedConfig, FedSALoraConfig
+
+WORDS = (
+    "the a cat dog bird sat ran flew on under over mat tree house red blue green big small and then it was very happy "
+    "sad one two three four five six seven eight nine ten user assistant system : is"
+).split()
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer():
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(seed: int = 0, **config) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    values = {
+        "vocab_size": len(WORDS) + 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **config}))
+
+
+def make_rows(num_rows: int, seed: int, min_words: int = 4, max_words: int = 10) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    return Dataset.from_dict(
+        {
+            "text": [
+                " ".join(WORDS[draw(0, 40)] for _ in range(draw(min_words, max_words + 1))) for _ in range(num_rows)
+            ]
+        }
+    )
+
+
+@pytest.fixture
+def clients():
+    return {f"client_{i}": make_rows(8, seed=i) for i in range(4)}
+
+
+@pytest.fixture
+def model_dir(tmp_path_factory, tokenizer):
+    """The tiny model in a folder of its own, so that saved adapters can name their base."""
+    directory = tmp_path_factory.mktemp("base")
+    make_model().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+def make_args(output_dir, **kwargs) -> FederatedConfig:
+    values = {
+        "num_rounds": 2,
+        "local_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "max_length": 32,
+    }
+    return FederatedConfig(str(output_dir), **{**values, **kwargs})
+
+
+def make_lora(**kwargs) -> FedSALoraConfig:
+    return FedSALoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **kwargs})
+
+
+def max_difference(first: dict, second: dict) -> float:
+    assert first.keys() == second.keys()
+    return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
