@@ -10,8 +10,9 @@ class WeightedMean:
     """
     Weighted mean of tensors that arrive one client at a time, held in fp32.
 
-    After clients `1..n` it holds `sum_i(w_i * x_i) / sum_i(w_i)`, with the memory of one client: each arrival moves the
-    mean by `w_i / (w_1 + ... + w_i)` of its distance. One client alone is returned bit for bit. Inputs are not changed.
+    After clients `1..n` it holds `sum_i(w_i * x_i) / sum_i(w_i)`, with the memory of one client: each arrival moves
+    the mean by `w_i / (w_1 + ... + w_i)` of its distance. One client alone is returned bit for bit. Inputs are not
+    changed.
 
     Args:
         mean (`Mapping[str, torch.Tensor]`, *optional*):

@@ -26,7 +26,7 @@ class FederatedConfig(SFTConfig):
         num_rounds (`int`, *optional*):
             Communication rounds, T in the paper. If `None`, it is derived: one round per epoch of `num_train_epochs`.
         local_steps (`int`, *optional*):
-            Optimizer steps each client takes per round, cycling through its rows, which are shuffled anew on each pass.
+            Optimizer steps each client takes per round, cycling through its rows, shuffled anew on each pass.
             Exclusive with `local_epochs`. `None` means `local_epochs` counts.
         local_epochs (`int`, *optional*):
             Passes each client makes over its rows per round. If both this and `local_steps` are `None`, it is 1.

@@ -18,8 +18,8 @@ def validate_peft_config(config: PeftConfig | None) -> None:
     """
     if config is None:
         raise ValueError(
-            "`peft_config` is None, but federated training needs an adapter to share: only its A matrices travel. Pass "
-            "a `FedSALoraConfig` or `FedSAVeraConfig` (a stock `LoraConfig` or `VeraConfig` will do)."
+            "`peft_config` is None, but federated training needs an adapter to share: only its A matrices travel. "
+            "Pass a `FedSALoraConfig` or `FedSAVeraConfig` (a stock `LoraConfig` or `VeraConfig` will do)."
         )
     method_for(config)
     if getattr(config, "bias", "none") != "none":

@@ -24,7 +24,7 @@ def sample_clients(client_ids: Iterable[str], clients_per_round: int | None, see
     Draws a round's clients without replacement, sorted by id.
 
     Every client draws its own number from (seed, round, client) and the smallest ones are in. So a round can be
-    replayed alone, the order of `client_ids` does not matter, and a client's luck does not depend on who else is there.
+    replayed alone, the order of `client_ids` does not matter, and no client's number depends on who else is there.
 
     Args:
         client_ids (`Iterable[str]`):
@@ -69,7 +69,7 @@ class LocalWork:
         return num_rows // self.batch_size if self.drop_last else math.ceil(num_rows / self.batch_size)
 
     def steps_per_pass(self, num_rows: int) -> int:
-        """Local steps in one pass. As in `Trainer`, a pass closes its last step even if it is short of micro-batches."""
+        """Local steps in one pass. As in `Trainer`, the last one of a pass may be short of micro-batches."""
         return math.ceil(self.batches_per_pass(num_rows) / self.accumulation_steps)
 
     def num_steps(self, num_rows: int) -> int:

@@ -99,7 +99,7 @@ class Slots:
 
     def take(self, slot: int, share: Share | None = None) -> dict[str, torch.Tensor]:
         """Copies a slot's tensors to the CPU, all of them or only the `"shared"` or `"local"` ones."""
-        return clone_tensors({key: parameter for key, parameter in self.select(slot, share).items()})
+        return clone_tensors(self.select(slot, share))
 
     def select(self, slot: int, share: Share | None = None) -> dict[str, nn.Parameter]:
         """The live parameters of a slot, all of them or only the `"shared"` or `"local"` ones."""
@@ -195,7 +195,7 @@ def _forward_by_client(module, original, x, names, counts, *args, **kwargs) -> t
 
 
 def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
-    """`W x + s B_i A_i x` for the rows of every client i, with `W x` computed once and the rest as batched products."""
+    """`W x + s B_i A_i x` for the rows of every client i: `W x` once, the rest as batched products."""
     result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
     first = names[0]
     if not torch.is_autocast_enabled(x.device.type):
@@ -217,7 +217,7 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
 
 
 def _vera_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
-    """`W x + b_i * B (d_i * A x)` for the rows of every client i. The projections are common, so only d and b differ."""
+    """`W x + b_i * B (d_i * A x)` for the rows of every client i. The projections A and B are common."""
     dtype = x.dtype
     result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
     first = names[0]

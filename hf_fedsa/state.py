@@ -250,7 +250,7 @@ class CheckpointError(ValueError):
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Lists every file of a finished checkpoint with its size and SHA-256. Written last, it marks the whole as whole."""
+    """Lists every file of a checkpoint with its size and SHA-256. Written last, it marks the checkpoint as whole."""
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MANIFEST]
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

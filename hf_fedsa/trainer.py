@@ -1,4 +1,4 @@
-"""`FederatedMixin`, the federated loop over any `Trainer`, and `FederatedTrainer`, the loop over TRL's `SFTTrainer`."""
+"""`FederatedMixin`, the federated loop over any `Trainer`, and `FederatedTrainer`, over TRL's `SFTTrainer`."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ from .parameters import clone_tensors, count_bytes
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
-from .slots import Slots, SlotRows
+from .slots import SlotRows, Slots
 from .state import (
     STATE_FOLDER,
     CheckpointError,
@@ -526,8 +526,8 @@ class FederatedMixin:
             slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
             if any(id(p) not in known for p in slots):
                 raise ValueError(
-                    "The optimizer passed in `optimizers` does not hold the parameters of all slots, which the trainer "
-                    "makes. Pass `optimizer_cls_and_kwargs` instead, or set `parallel_clients=1`."
+                    "The optimizer passed in `optimizers` does not hold the parameters of all slots, which the "
+                    "trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set `parallel_clients=1`."
                 )
         return optimizer
 
@@ -877,7 +877,7 @@ class FederatedMixin:
         write_text(directory / "rounds.jsonl", lines)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be this run's: whatever the plan of the rounds or a shape depends on."""
+        """What a checkpoint must share with this run: whatever a shape or the plan of the rounds depends on."""
         work = self._local_work()
         config = self._slots.config
         return {
@@ -897,7 +897,7 @@ class FederatedMixin:
         }
 
     def _save_state(self, checkpoint: Path) -> None:
-        """Everything of the federation that a resumed run needs. The Trainer adds optimizer, schedule and generators."""
+        """All of the federation that a resumed run needs. The Trainer adds optimizer, schedule and generators."""
         folder = checkpoint / STATE_FOLDER
         self._progress.losses = {
             client_id: [float(loss), self._loss_counts.get(client_id, 0)] for client_id, loss in self._losses.items()
@@ -995,8 +995,8 @@ class FederatedMixin:
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
     """
-    Drop-in for [`~trl.SFTTrainer`] that trains a federation with FedSA-LoRA (https://arxiv.org/abs/2410.01463): clients
-    train both factors of every adapter, only A is averaged between rounds, and each client's B stays its own.
+    Drop-in for [`~trl.SFTTrainer`] that trains a federation with FedSA-LoRA (https://arxiv.org/abs/2410.01463):
+    clients train both factors of every adapter, only A is averaged between rounds, and each client's B stays its own.
 
     One dataset without a client column is one client, and the weights are then those of `SFTTrainer` with the same
     arguments and seed.
@@ -1249,8 +1249,8 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
         return merge_clients(dataset, args.client_column)
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"`{name}` is an `IterableDataset`, which has no length, but rounds are planned from the number of rows of "
-            "each client. Pass `Dataset`s; `Dataset.from_generator` makes one."
+            f"`{name}` is an `IterableDataset`, which has no length, but rounds are planned from the number of rows "
+            "of each client. Pass `Dataset`s; `Dataset.from_generator` makes one."
         )
     if not isinstance(dataset, Dataset):
         raise TypeError(f"`{name}` must be a `Dataset` or a dictionary of them, got `{type(dataset).__name__}`.")
@@ -1278,8 +1278,8 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
 def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
     if args.clients_per_round is not None and args.clients_per_round > num_clients:
         raise ValueError(
-            f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower it, "
-            "or leave it out to train all of them in every round."
+            f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower "
+            "it, or leave it out to train all of them in every round."
         )
 
 
