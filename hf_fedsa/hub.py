@@ -62,7 +62,7 @@ def save_federation(
     for client_id in client_ids:
         tensors, client_config = {**client_tensors(client_id), **frozen}, config
         if mutates_base(config):
-            tensors, client_config = _as_plain_lora(config, tensors, initial_tensors)
+            client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
         path = _write_adapter(directory / "clients" / client_id, client_config, tensors)
         files[client_id] = file_sha256(path)
     federation = {

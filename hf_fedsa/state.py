@@ -128,7 +128,14 @@ class MemoryClientStore:
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}
 
     def put(self, client_id: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        self._tensors[client_id] = clone_tensors(tensors)
+        stored = self._tensors.get(client_id, {})
+        if _layout(stored) != _layout(tensors):
+            self._tensors[client_id] = clone_tensors(tensors)
+            return
+        # In place: making room anew for every client and round would fragment the memory.
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                stored[key].copy_(tensor)
 
     def get(self, client_id: str) -> dict[str, torch.Tensor]:
         if client_id not in self._tensors:
@@ -143,6 +150,10 @@ class MemoryClientStore:
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._tensors))
+
+
+def _layout(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple]:
+    return {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
 
 
 class DiskClientStore:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
+    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -687,7 +688,7 @@ class FederatedMixin:
             received = self._slots.take(slot, "shared")
             progress.bytes_up += count_bytes(received)
             self._mean.add(received, self._weight(client_id))
-            self._clients.put(client_id, self._slots.take(slot, "local"))
+            self._clients.put(client_id, self._slots.select(slot, "local"))
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
@@ -1064,6 +1065,8 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             validate_peft_config(peft_config)
         if train_dataset is None:
             raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+        if isinstance(model, str) and isinstance(train_dataset, Mapping) and formatting_func is None:
+            _check_completions_fit(train_dataset, args, model, processing_class)
 
         super().__init__(
             model=model,
@@ -1273,6 +1276,32 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
             f"{dataset.features[args.client_column]}. Convert it, e.g. with `partition_by_column`."
         )
     return dataset
+
+
+def _check_completions_fit(
+    clients: Mapping[str, Any], args: FederatedConfig, model: str, processing_class: Any
+) -> None:
+    """
+    Finds a client whose prompts alone fill `max_length`, so that truncation would leave nothing to learn from.
+
+    The trainer finds it too, from the rows themselves, but only after the model is loaded. One row that fits is enough
+    to pass a client, so as a rule one row per client is tokenized here.
+    """
+    if args.max_length is None or args.truncation_mode != "keep_start" or args.completion_only_loss is False:
+        return
+    tokenizer = processing_class
+    for client_id, rows in clients.items():
+        if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
+            continue
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        if not any(_num_prompt_tokens(tokenizer, row["prompt"]) < args.max_length for row in rows):
+            raise ValueError(_EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=args.max_length))
+
+
+def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> int:
+    if isinstance(prompt, str):
+        return len(tokenizer(prompt)["input_ids"])
+    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:

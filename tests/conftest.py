@@ -19,8 +19,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@pytest.fixture
-def tokenizer():
+def make_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -31,6 +30,11 @@ def tokenizer():
         unk_token="<unk>",
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
 
 
 def make_model(seed: int = 0, **config) -> LlamaForCausalLM:

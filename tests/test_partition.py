@@ -15,7 +15,7 @@ def make_labelled(num_rows: int, start: int = 0, labels=LABELS) -> Dataset:
     return Dataset.from_dict(
         {
             "row": list(range(start, start + num_rows)),
-            "label": [labels[i * i % 7 % len(labels)] for i in range(num_rows)],
+            "label": [labels[(i + i // 10) % 7 % len(labels)] for i in range(num_rows)],
             "owner": [f"site_{i * 5 % 11 % 3}" for i in range(num_rows)],
         }
     )
