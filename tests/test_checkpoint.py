@@ -1,0 +1,242 @@
+"""Stop anywhere, resume, and get the weights of a run that was never interrupted."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_args, make_lora, make_model, make_rows, max_difference
+from test_invariants import weights_of
+from transformers import TrainerCallback
+from trl import SFTConfig
+
+from hf_fedsa import FederatedTrainer
+from hf_fedsa.state import CheckpointError
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptAfterSave(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+class Records(TrainerCallback):
+    """Clients in the slots, and the learning rate, at every step."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_step_end(self, args, state, control, optimizer, **kwargs):
+        self.steps[state.global_step] = optimizer.param_groups[0]["lr"]
+
+
+SETTINGS = {
+    "waves": {"parallel_clients": 2},
+    "side_by_side": {"parallel_clients": 3},
+    "unequal_epochs": {"local_steps": None, "local_epochs": 2, "parallel_clients": 2},
+    "dropout": {"parallel_clients": 2},
+    "kept_optimizer": {"reset_optimizer": False, "parallel_clients": 2},
+    "disk_store": {"parallel_clients": 1},
+    "accumulation": {"gradient_accumulation_steps": 2, "parallel_clients": 2},
+}
+
+
+def make_trainer(directory, tokenizer, setting, callbacks=()):
+    arguments = {"num_rounds": 3, "clients_per_round": 3, "save_strategy": "steps", "save_steps": 1}
+    arguments |= SETTINGS[setting]
+    if setting == "disk_store":
+        arguments["client_store_dir"] = str(directory / "store")
+    return FederatedTrainer(
+        model=make_model(),
+        args=make_args(directory, **arguments),
+        train_dataset={f"client_{i}": make_rows(3 + 2 * i, seed=i) for i in range(4)},
+        processing_class=tokenizer,
+        peft_config=make_lora(lora_dropout=0.2 if setting == "dropout" else 0.0),
+        callbacks=list(callbacks),
+    )
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer, setting):
+    records = Records()
+    whole = make_trainer(tmp_path / "whole", tokenizer, setting, [records])
+    whole.train()
+    steps = whole.state.global_step
+    # In the first wave, at a wave's end, at a round's end, and late in the run.
+    for step in sorted({1, 2, 3, steps // 2, steps - 1}):
+        directory = tmp_path / f"stopped_at_{step}"
+        stopped = make_trainer(directory, tokenizer, setting, [InterruptAfterSave(step)])
+        with pytest.raises(Interrupted):
+            stopped.train()
+        resumed_records = Records()
+        resumed = make_trainer(directory, tokenizer, setting, [resumed_records])
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == steps
+        assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+        expected = {s: rate for s, rate in records.steps.items() if s > step}
+        assert resumed_records.steps == expected
+        for first, second in zip(whole.round_history, resumed.round_history, strict=True):
+            assert {k: v for k, v in first.items() if k != "seconds"} == {
+                k: v for k, v in second.items() if k != "seconds"
+            }
+        lines = (directory / "rounds.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == resumed.round_history
+
+
+def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer):
+    def make(directory, *callbacks):
+        arguments = SFTConfig(
+            str(directory),
+            num_train_epochs=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="steps",
+            save_steps=1,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        return FederatedTrainer(
+            model=make_model(),
+            args=arguments,
+            train_dataset=make_rows(7, seed=1),
+            processing_class=tokenizer,
+            peft_config=make_lora(lora_dropout=0.1),
+            callbacks=list(callbacks),
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    for step in (2, 4, 9):
+        with pytest.raises(Interrupted):
+            make(tmp_path / str(step), InterruptAfterSave(step)).train()
+        resumed = make(tmp_path / str(step))
+        resumed.train(resume_from_checkpoint=True)
+        assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+
+
+def test_training_twice_starts_from_the_beginning(tmp_path, tokenizer):
+    trainer = make_trainer(tmp_path, tokenizer, "waves")
+    trainer.train()
+    first = weights_of(trainer)
+    trainer.train()
+    assert max_difference(first, weights_of(trainer)) == 0
+    assert len(trainer.round_history) == 3
+
+
+def fingerprint(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def interrupted(tmp_path, tokenizer, step=4):
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, tokenizer, "waves", [InterruptAfterSave(step)]).train()
+    return tmp_path / f"checkpoint-{step}"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b"short"),
+        lambda checkpoint: (checkpoint / "federation_state" / "server.safetensors").unlink(),
+        lambda checkpoint: (checkpoint / "federation_state" / "manifest.json").unlink(),
+    ],
+    ids=["truncated", "missing", "unfinished"],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, tokenizer, damage, caplog):
+    checkpoint = interrupted(tmp_path, tokenizer)
+    damage(checkpoint)
+    before = fingerprint(tmp_path)
+    with pytest.raises(CheckpointError, match=str(checkpoint)):
+        make_trainer(tmp_path, tokenizer, "waves").train(resume_from_checkpoint=str(checkpoint))
+    assert fingerprint(tmp_path) == before
+
+    whole = make_trainer(tmp_path / "whole", tokenizer, "waves")
+    whole.train()
+    resumed = make_trainer(tmp_path, tokenizer, "waves")
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4" in caplog.text
+    assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clients": {"client_0": make_rows(3, seed=0), "other": make_rows(5, seed=1)}},
+        {"peft_config": make_lora(r=2)},
+        {"peft_config": make_lora(use_rslora=True)},
+        {"arguments": {"seed": 7}},
+        {"arguments": {"parallel_clients": 1}},
+    ],
+    ids=["clients", "rank", "variant", "seed", "parallel_clients"],
+)
+def test_a_checkpoint_of_another_federation_is_refused(tmp_path, tokenizer, change):
+    checkpoint = interrupted(tmp_path, tokenizer)
+    before = fingerprint(tmp_path)
+    arguments = {"num_rounds": 3, "clients_per_round": 2 if "clients" in change else 3, **SETTINGS["waves"]}
+    trainer = FederatedTrainer(
+        model=make_model(),
+        args=make_args(tmp_path, **{**arguments, **change.get("arguments", {})}),
+        train_dataset=change.get("clients", {f"client_{i}": make_rows(3 + 2 * i, seed=i) for i in range(4)}),
+        processing_class=tokenizer,
+        peft_config=change.get("peft_config", make_lora()),
+    )
+    shared = trainer.shared_state_dict()
+    with pytest.raises(CheckpointError, match="another federation"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert fingerprint(tmp_path) == before
+    assert max_difference(shared, trainer.shared_state_dict()) == 0
+
+
+def test_resuming_with_nothing_to_resume_says_so(tmp_path, tokenizer):
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        make_trainer(tmp_path, tokenizer, "waves").train(resume_from_checkpoint=True)
+
+
+def test_more_rounds_can_be_added_to_a_finished_run(tmp_path, tokenizer):
+    make_trainer(tmp_path, tokenizer, "waves").train()
+    longer = FederatedTrainer(
+        model=make_model(),
+        args=make_args(tmp_path, num_rounds=4, clients_per_round=3, **SETTINGS["waves"]),
+        train_dataset={f"client_{i}": make_rows(3 + 2 * i, seed=i) for i in range(4)},
+        processing_class=tokenizer,
+        peft_config=make_lora(),
+    )
+    longer.train(resume_from_checkpoint=True)
+    assert [entry["round"] for entry in longer.round_history] == [0, 1, 2, 3]
+
+
+def test_no_folder_of_a_checkpoint_loads_as_an_adapter_with_b_alone(tmp_path, tokenizer):
+    checkpoint = interrupted(tmp_path, tokenizer)
+    assert not list(checkpoint.rglob("adapter_config.json"))
+    assert not list(checkpoint.rglob("adapter_model.*"))
+
+
+def test_evaluation_in_the_middle_of_a_round_changes_nothing(tmp_path, tokenizer):
+    weights = []
+    for strategy in ("no", "steps"):
+        trainer = FederatedTrainer(
+            model=make_model(),
+            args=make_args(tmp_path, parallel_clients=2, eval_strategy=strategy, eval_steps=1),
+            train_dataset={f"client_{i}": make_rows(3 + 2 * i, seed=i) for i in range(4)},
+            eval_dataset={f"client_{i}": make_rows(3, seed=10 + i) for i in range(4)},
+            processing_class=tokenizer,
+            peft_config=make_lora(lora_dropout=0.2),
+        )
+        trainer.train()
+        weights.append(weights_of(trainer))
+    assert torch.equal(torch.tensor(max_difference(*weights)), torch.tensor(0.0))
