@@ -22,7 +22,7 @@ class WeightedMean:
     """
 
     def __init__(self, mean: Mapping[str, torch.Tensor] | None = None, total_weight: float = 0.0):
-        self.mean: dict[str, torch.Tensor] = dict(mean or {})
+        self.mean = {key: tensor.clone() for key, tensor in (mean or {}).items()}
         self.total_weight = total_weight
 
     @torch.no_grad()
@@ -31,7 +31,7 @@ class WeightedMean:
         Takes in one client's tensors.
 
         Raises:
-            `ValueError`: the weight is not a positive number, or the names differ from those of earlier clients.
+            `ValueError`: the weight is not a positive number, or names or shapes differ from those of earlier clients.
         """
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"`weight` must be a positive number, got {weight}.")
@@ -42,6 +42,12 @@ class WeightedMean:
         if tensors.keys() != self.mean.keys():
             differing = sorted(tensors.keys() ^ self.mean.keys())
             raise ValueError(f"This client's tensors differ from the earlier ones' in {differing[0]!r}.")
+        for key, mean in self.mean.items():
+            if tensors[key].shape != mean.shape:
+                raise ValueError(
+                    f"This client's `{key}` has shape {tuple(tensors[key].shape)}, the earlier ones' "
+                    f"{tuple(mean.shape)}. All clients need adapters of the same rank on the same base model."
+                )
         self.total_weight += weight
         for key, mean in self.mean.items():
             mean.lerp_(tensors[key].detach().to(mean), weight / self.total_weight)

@@ -142,6 +142,16 @@ class FederatedConfig(SFTConfig):
             raise ValueError(
                 f"`aggregation_weighting` must be 'examples' or 'uniform', got {self.aggregation_weighting!r}."
             )
+        if self.deepspeed is not None:
+            raise ValueError(
+                "`deepspeed` shards parameters over processes, but here each process trains clients of its own. Leave "
+                "it out; `bitsandbytes` quantization saves the memory instead."
+            )
+        if self.fsdp:
+            raise ValueError(
+                f"`fsdp={self.fsdp!r}` shards parameters over processes, but here each process trains clients of its "
+                "own. Leave it out; `bitsandbytes` quantization saves the memory instead."
+            )
         if self.num_rounds is not None:
             self.num_train_epochs = self.num_rounds
         super().__post_init__()
@@ -154,16 +164,6 @@ class FederatedConfig(SFTConfig):
             raise ValueError(
                 '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
                 "round ends."
-            )
-        if self.deepspeed is not None:
-            raise ValueError(
-                "`deepspeed` shards parameters over processes, but here each process trains clients of its own. Leave "
-                "it out; `bitsandbytes` quantization saves the memory instead."
-            )
-        if self.fsdp:
-            raise ValueError(
-                f"`fsdp={self.fsdp!r}` shards parameters over processes, but here each process trains clients of its "
-                "own. Leave it out; `bitsandbytes` quantization saves the memory instead."
             )
         if self.auto_find_batch_size:
             raise ValueError(

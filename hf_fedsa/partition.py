@@ -168,6 +168,8 @@ def _check_rows(dataset: Dataset, num_clients: int, name: str) -> None:
 
 
 def _column(dataset: Dataset, column: str, name: str) -> list:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{name}` must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
     if column not in dataset.column_names:
         raise ValueError(
             f"`{name}` has no column `{column}`, only: {', '.join(dataset.column_names)}. Name one of those."

@@ -25,7 +25,7 @@ def validate_peft_config(config: PeftConfig | None) -> None:
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
             f"`bias={config.bias!r}` trains the base model's own biases, which all clients have in common. Set "
-            '`bias="none"`, or `lora_bias=True` for a bias in each client\'s B.'
+            '`bias="none"`.'
         )
     if getattr(config, "trainable_token_indices", None):
         raise ValueError(

@@ -82,15 +82,6 @@ class LocalWork:
         """Passes over the rows that a round starts."""
         return math.ceil(self.num_steps(num_rows) / self.steps_per_pass(num_rows))
 
-    def num_examples(self, num_rows: int, num_steps: int) -> int:
-        """Different rows among those of the first `num_steps` local steps of a round."""
-        passes, steps_left = divmod(num_steps, self.steps_per_pass(num_rows))
-        rows_per_pass = min(num_rows, self.batches_per_pass(num_rows) * self.batch_size)
-        if passes == 0:
-            return min(rows_per_pass, steps_left * self.accumulation_steps * self.batch_size)
-        # What a pass drops at its end changes with the shuffle, so a second pass reaches the rows the first one left.
-        return rows_per_pass if passes == 1 and steps_left == 0 else num_rows
-
     def steps(self, num_rows: int, order: Callable[[int], Sequence[int]]) -> list[LocalStep]:
         """
         Lays out a client's rows for one round.
@@ -108,6 +99,11 @@ class LocalWork:
             batches = [rows[i * size : (i + 1) * size] for i in range(self.batches_per_pass(num_rows))]
             steps.extend(batches[i : i + accumulate] for i in range(0, len(batches), accumulate))
         return steps[: self.num_steps(num_rows)]
+
+    def num_examples(self, num_rows: int, order: Callable[[int], Sequence[int]], num_steps: int) -> int:
+        """Different rows among those of the first `num_steps` local steps of a round."""
+        steps = self.steps(num_rows, order)[:num_steps]
+        return len({row for step in steps for batch in step for row in batch})
 
 
 @dataclass(frozen=True)

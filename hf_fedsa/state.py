@@ -22,7 +22,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 def validate_client_ids(client_ids: Iterable[str]) -> None:
     """
-    Checks that ids can name folders on every file system and on the Hub.
+    Checks that ids can name folders, on this machine and on the Hub.
 
     Raises:
         `TypeError`: an id is not a string.
@@ -129,7 +129,7 @@ class MemoryClientStore:
 
     def put(self, client_id: str, tensors: Mapping[str, torch.Tensor]) -> None:
         stored = self._tensors.get(client_id, {})
-        if _layout(stored) != _layout(tensors):
+        if client_id not in self._tensors or _layout(stored) != _layout(tensors):
             self._tensors[client_id] = clone_tensors(tensors)
             return
         # In place: making room anew for every client and round would fragment the memory.
@@ -221,6 +221,8 @@ class RunState:
             Weight behind the running mean of the open round.
         losses (`dict[str, list[float]]`, *optional*):
             Per client of the open round: sum of the losses of its local steps, and their number.
+        weights (`dict[str, float]`, *optional*):
+            Weight of each client of the open round that has returned its tensors.
         bytes_down (`int`, *optional*, defaults to `0`):
             Bytes sent to the clients of the open round.
         bytes_up (`int`, *optional*, defaults to `0`):
@@ -240,6 +242,7 @@ class RunState:
     wave_steps: int = 0
     mean_weight: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
@@ -262,12 +265,13 @@ class CheckpointError(ValueError):
 
 def write_manifest(checkpoint: Path) -> None:
     """Lists every file of a checkpoint with its size and SHA-256. Written last, it marks the checkpoint as whole."""
-    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MANIFEST]
+    manifest = checkpoint / STATE_FOLDER / _MANIFEST
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path != manifest]
     files = {
         path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in paths
     }
-    write_json(checkpoint / STATE_FOLDER / _MANIFEST, files)
+    write_json(manifest, files)
 
 
 def check_manifest(checkpoint: Path) -> None:
@@ -283,7 +287,14 @@ def check_manifest(checkpoint: Path) -> None:
             f"{checkpoint} is not a finished checkpoint of a federated run: {STATE_FOLDER}/{_MANIFEST} is missing. "
             "Resume from an earlier checkpoint."
         )
-    for name, expected in json.loads(manifest.read_text(encoding="utf-8")).items():
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {STATE_FOLDER}/{_MANIFEST} cannot be read ({error}). Resume from an earlier "
+            "checkpoint."
+        ) from error
+    for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{checkpoint} is damaged: {name} is missing. Resume from an earlier checkpoint.")

@@ -687,7 +687,8 @@ class FederatedMixin:
         for slot, client_id in enumerate(wave.client_ids):
             received = self._slots.take(slot, "shared")
             progress.bytes_up += count_bytes(received)
-            self._mean.add(received, self._weight(client_id))
+            progress.weights[client_id] = self._weight(client_id)
+            self._mean.add(received, progress.weights[client_id])
             self._clients.put(client_id, self._slots.select(slot, "local"))
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
@@ -704,7 +705,8 @@ class FederatedMixin:
         if self._keeps_trainer_loop:
             return float(num_rows)
         work = self._local_work()
-        return float(work.num_examples(num_rows, self._loss_counts[client_id]))
+        order = self._row_order(client_id, self._progress.rounds_done, work)
+        return float(work.num_examples(num_rows, order, self._loss_counts[client_id]))
 
     def _close_round(self) -> None:
         progress = self._progress
@@ -712,7 +714,7 @@ class FederatedMixin:
         metrics = round_metrics(
             round_index=progress.rounds_done,
             losses={client_id: float(loss) / self._loss_counts[client_id] for client_id, loss in self._losses.items()},
-            weights={client_id: self._weight(client_id) for client_id in self._losses},
+            weights=progress.weights,
             bytes_down=progress.bytes_down,
             bytes_up=progress.bytes_up,
             seconds=progress.seconds + time.perf_counter() - self._clock,
@@ -1322,6 +1324,10 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         raise ValueError(
             "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
             "`padding_free=False`."
+        )
+    if args.rounds < 1:
+        raise ValueError(
+            f"`num_train_epochs={args.num_train_epochs}` leaves no round to train. Set `num_rounds` to at least 1."
         )
     if args.max_steps > 0:
         raise ValueError(

@@ -105,21 +105,20 @@ def main(recipe_args, training_args, model_args) -> None:
 
     # Data
     train, evaluation, readers = make_clients(recipe_args, training_args.seed)
-    conversational = has_chat_template(model, model_args)
     trainer = FederatedTrainer(
         model=model,
         args=training_args,
-        train_dataset={name: as_prompts(rows, conversational) for name, rows in train.items()},
-        eval_dataset={name: as_prompts(rows, conversational) for name, rows in evaluation.items()},
+        train_dataset={name: as_prompts(rows) for name, rows in train.items()},
+        eval_dataset={name: as_prompts(rows) for name, rows in evaluation.items()},
         peft_config=peft_config,
         quantization_config=get_quantization_config(model_args),
     )
 
     # Before, training, after
     limit = recipe_args.max_new_tokens
-    before = measure(trainer, evaluation, readers, conversational, limit)
+    before = measure(trainer, evaluation, readers, limit)
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    after = measure(trainer, evaluation, readers, conversational, limit)
+    after = measure(trainer, evaluation, readers, limit)
     trainer.save_model()
 
     # Report
@@ -200,36 +199,28 @@ FORMATS: dict[str, tuple[Callable[[str, str], str], Callable[[str], str | None]]
 }
 
 
-def has_chat_template(model: str, model_args) -> bool:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model, revision=model_args.model_revision).chat_template is not None
+def prompt_of(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
 
 
-def prompt_of(question: str, conversational: bool):
-    return [{"role": "user", "content": question}] if conversational else f"Question: {question}\nAnswer: "
-
-
-def as_prompts(rows, conversational: bool):
+def as_prompts(rows):
     """GSM8K rows as TRL's prompt-completion rows, so that only the answer counts for the loss."""
-
-    def convert(row):
-        completion = [{"role": "assistant", "content": row["answer"]}] if conversational else row["answer"]
-        return {"prompt": prompt_of(row["question"], conversational), "completion": completion}
-
-    return rows.map(convert, remove_columns=rows.column_names)
+    return rows.map(
+        lambda row: {"prompt": prompt_of(row["question"]), "completion": " " + row["answer"]},
+        remove_columns=rows.column_names,
+    )
 
 
 # Measuring
 
 
-def measure(trainer, evaluation, readers, conversational: bool, max_new_tokens: int) -> dict[str, dict[str, float]]:
+def measure(trainer, evaluation, readers, max_new_tokens: int) -> dict[str, dict[str, float]]:
     """Per client: loss and exact match on its held-out rows, with its own adapter."""
     metrics = trainer.evaluate()
     results = {}
     for client_id, rows in evaluation.items():
         with trainer.use_client(client_id) as model:
-            prompts = [prompt_of(question, conversational) for question in rows["question"]]
+            prompts = [prompt_of(question) for question in rows["question"]]
             texts = generate(model, trainer.processing_class, prompts, max_new_tokens)
         read = readers[client_id]
         hits = [read(text) == read(answer) for text, answer in zip(texts, rows["answer"], strict=True)]
@@ -250,8 +241,6 @@ def generate(model, tokenizer, prompts, max_new_tokens: int, batch_size: int = 3
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        if not isinstance(batch[0], str):
-            batch = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in batch]
         inputs = tokenizer(batch, return_tensors="pt", padding=True, padding_side="left").to(model.device)
         with torch.inference_mode():
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

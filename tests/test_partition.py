@@ -121,6 +121,10 @@ class TestDirichlet:
     def test_a_large_alpha_is_near_uniform(self, seed):
         assert all(0.2 <= share < 0.25 for share in self.largest_shares(self.partition(alpha=1000, seed=seed)))
 
+    def test_the_seed_decides_the_proportions(self):
+        sizes = {tuple(map(len, self.partition(seed=seed).values())) for seed in range(5)}
+        assert len(sizes) == 5
+
     @pytest.mark.parametrize("alpha", [0.1, 1.0, 100])
     def test_a_client_has_the_same_share_of_each_label_in_both_splits(self, alpha):
         train, evaluation = self.partition(alpha=alpha, eval_dataset=make_labelled(397, start=10_000))
