@@ -136,7 +136,7 @@ class Slots:
         batched = _batched_forward_of(module)
 
         def forward(x: torch.Tensor, *args, **kwargs):
-            if self._active_rows is None:
+            if self._active_rows is None or module.disable_adapters:
                 return original(x, *args, **kwargs)
             names, counts = self._active_rows
             counts = self._counts_of(x, counts, module)
@@ -187,10 +187,23 @@ def _active_adapter(module: nn.Module, name: str) -> Iterator[None]:
 
 def _forward_by_client(module, original, x, names, counts, *args, **kwargs) -> torch.Tensor:
     """Runs each client's rows through the layer's own forward: right for every kind of layer, without the gain."""
+    total, start = x.shape[0], 0
     outputs = []
-    for name, rows in zip(names, x.split(list(counts)), strict=True):
+    for name, count in zip(names, counts, strict=True):
+
+        def part(value, start=start, count=count):
+            per_row = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total
+            return value[start : start + count] if per_row else value
+
         with _active_adapter(module, name):
-            outputs.append(original(rows, *args, **kwargs))
+            output = original(part(x), *map(part, args), **{key: part(value) for key, value in kwargs.items()})
+        if not isinstance(output, torch.Tensor):
+            raise ValueError(
+                f"A {type(module).__name__} layer returned a {type(output).__name__}, which cannot be put together "
+                "from the parts of several clients. Set `parallel_clients=1` to train the clients one after the other."
+            )
+        outputs.append(output)
+        start += count
     return torch.cat(outputs)
 
 

@@ -1315,6 +1315,17 @@ def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
 
 
 def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise ValueError(
+            f"A federation of several clients runs in one process on one device, but there are {args.world_size} "
+            f"processes with {args.n_gpu} devices each. Launch it with `--num_processes 1` and one visible device; "
+            "`parallel_clients` trains clients side by side."
+        )
+    if args.push_to_hub:
+        raise ValueError(
+            "`push_to_hub=True` would upload `output_dir` with every client's own B in it. Set it to False, and "
+            "upload what you choose to publish, e.g. `shared/`, with `huggingface_hub.upload_folder`."
+        )
     if args.packing or args.eval_packing:
         raise ValueError(
             "`packing=True` puts rows of different clients into one sequence. Set `packing=False` (and leave "

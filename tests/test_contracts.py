@@ -154,7 +154,8 @@ def test_the_trainers_own_names_are_free_upstream(tokenizer, tmp_path):
     nodes = ast.walk(ast.parse((PACKAGE / "trainer.py").read_text(encoding="utf-8")))
     own = {node.attr for node in nodes if is_set_on_self(node) and node.attr.startswith("_")}
     own |= {name for name in (*vars(FederatedMixin), *vars(FederatedTrainer)) if re.match(r"_[a-z]", name)}
-    trainer = make_sft(tokenizer, tmp_path)
+    trainer = make_sft(tokenizer, tmp_path, num_train_epochs=1)
+    trainer.train()
     taken = own & {*dir(SFTTrainer), *vars(trainer)}
     expected = {name for _, name in overrides()} | CLASS_ATTRIBUTES.keys()
     assert taken - expected == set(), f"hf_fedsa's {sorted(taken - expected)} now mean something to SFTTrainer."

@@ -506,7 +506,7 @@ class TestRowsAndSteps:
         for _, input_ids, _ in trainer.seen:
             first.setdefault(int(input_ids[0, 0]), int((input_ids[0] != 0).sum()))
         assert first == {3: max(lengths[::2]), 4: max(lengths[1::2])}
-        assert padding["group_by_length"] < 0.5 * padding["random"]
+        assert padding["group_by_length"] < 0.75 * padding["random"]
 
     def test_another_data_seed_shuffles_otherwise(self, make_trained, tagged):
         first, second, same = (
@@ -953,20 +953,21 @@ class TestSchedules:
         assert logged(make_trained(unequal, **settings), "learning_rate") == pytest.approx(rates)
 
     @pytest.mark.parametrize("parallel", [1, 3])
-    def test_reduce_lr_on_plateau_follows_the_evaluations(self, make_trained, three, parallel):
+    def test_reduce_lr_on_plateau_follows_the_evaluations(self, make_trained, unequal, parallel):
         trainer = make_trained(
-            three,
-            eval_dataset=three,
+            unequal,
+            eval_dataset=unequal,
             eval_strategy="epoch",
             num_rounds=4,
-            local_steps=1,
+            local_steps=None,
+            local_epochs=1,
             parallel_clients=parallel,
             lr_scheduler_type="reduce_lr_on_plateau",
             # No improvement is large enough, so every evaluation after the first is on the plateau.
             lr_scheduler_kwargs={"factor": 0.1, "patience": 0, "threshold": 100.0, "threshold_mode": "abs"},
         )
-        waves = 3 // parallel
-        expected = [rate for rate in (1e-2, 1e-2, 1e-3, 1e-4) for _ in range(waves)]
+        steps = 4 if parallel == 3 else 4 + 3 + 1
+        expected = [rate for rate in (1e-2, 1e-2, 1e-3, 1e-4) for _ in range(steps)]
         assert logged(trainer, "learning_rate") == pytest.approx(expected)
 
 
@@ -1735,6 +1736,10 @@ def labelled_rows(client: int, num_rows: int = 8, min_words: int = 6, max_words:
 HEAD = "base_model.model.score.weight"
 
 
+def has_trained_head(trainer, client_id: str) -> bool:
+    return max_difference({HEAD: trainer._initial_local[HEAD]}, {HEAD: trainer.client_state_dict(client_id)[HEAD]}) > 0
+
+
 class TestClassifier:
     @pytest.fixture
     def make(self, tmp_path, tokenizer):
@@ -1800,6 +1805,24 @@ class TestClassifier:
         assert max_difference(weights_of(one), weights_of(three)) < 1e-5
         for first, second in zip(one.round_history, three.round_history, strict=True):
             assert first["losses"] == pytest.approx(second["losses"], abs=1e-4)
+
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_a_loss_that_counts_no_items_is_averaged_over_the_clients_own_micro_batches(
+        self, make, monkeypatch, parallel
+    ):
+        monkeypatch.setattr(FederatedClassifier, "_get_num_items_in_batch", lambda self, batches, device: None)
+        data = {f"client_{i}": labelled_rows(i, num_rows) for i, num_rows in enumerate((8, 2, 2))}
+        settings = {"num_rounds": 1, "local_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
+        # Two rows fill one micro-batch, so for these clients accumulation has nothing to accumulate.
+        split, whole = (
+            make(data, gradient_accumulation_steps=steps, parallel_clients=parallel, **settings) for steps in (2, 1)
+        )
+        for client_id in ("client_1", "client_2"):
+            assert has_trained_head(split, client_id)
+            states = [trainer.client_state_dict(client_id) for trainer in (split, whole)]
+            assert max_difference(*states) < 1e-6
+            losses = [trainer.round_history[0]["losses"][client_id] for trainer in (split, whole)]
+            assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
     def test_rows_of_different_lengths_are_padded(self, make):
         data = {f"client_{i}": labelled_rows(i, min_words=1, max_words=9) for i in range(2)}
