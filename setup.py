@@ -26,6 +26,14 @@ setup(
     extras_require={
         "quantization": ["bitsandbytes>=0.50"],
         "demo": ["bitsandbytes>=0.50", "gguf>=0.19"],
-        "dev": ["bitsandbytes>=0.50", "gguf>=0.19", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboard>=2.21", "trackio>=0.43"],
+        "dev": [
+            "bitsandbytes>=0.50",
+            "gguf>=0.19",
+            "pytest>=9",
+            "pytest-xdist>=3.8",
+            "ruff>=0.17",
+            "tensorboard>=2.21",
+            "trackio>=0.43",
+        ],
     },
 )

@@ -237,7 +237,7 @@ def merge_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
             first client.
     """
     tagged = []
-    first_id, columns = None, None
+    first_id, features = None, None
     for client_id, rows in clients.items():
         if not isinstance(rows, Dataset):
             raise TypeError(
@@ -253,13 +253,14 @@ def merge_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
                     "id. Rename or drop it, or set `client_column` to a name that is free."
                 )
             rows = rows.remove_columns(column)
-        if columns is None:
-            first_id, columns = client_id, set(rows.column_names)
-        elif set(rows.column_names) != columns:
-            differing = sorted(set(rows.column_names) ^ columns)
+        if features is None:
+            first_id, features = client_id, rows.features
+        elif rows.features != features:
+            names = rows.features.keys() | features.keys()
+            differing = sorted(name for name in names if rows.features.get(name) != features.get(name))
             raise ValueError(
-                f"Clients {first_id!r} and {client_id!r} differ in the columns {', '.join(differing)}. Bring all "
-                "clients to the same columns first, with `Dataset.select_columns` or `rename_columns`."
+                f"Clients {first_id!r} and {client_id!r} differ in the columns {', '.join(differing)}, by name or by "
+                "type. Bring all clients to the same columns first, with `Dataset.select_columns` or `Dataset.cast`."
             )
         tagged.append(rows.add_column(column, [client_id] * len(rows)))
     return concatenate_datasets(tagged)

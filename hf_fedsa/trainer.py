@@ -115,6 +115,12 @@ class FederatedMixin:
             self.client_ids = [ONLY_CLIENT]
         validate_client_ids(self.client_ids)
         _check_federation_size(args, len(self.client_ids))
+        images = {"image", "images"} & set(train_dataset.column_names)
+        if images and len(self.client_ids) > 1:
+            raise ValueError(
+                f"`train_dataset` has a column `{images.pop()}`, but image batches cannot be divided by client: their "
+                "pixels do not come one entry per row. Train on text, or one client at a time."
+            )
         if self._names_clients and eval_dataset is not None:
             eval_dataset = _as_one_dataset(eval_dataset, args, name="eval_dataset")
             self._check_eval_clients(eval_dataset, args)
@@ -185,7 +191,8 @@ class FederatedMixin:
                 f"`eval_dataset` has no column `{args.client_column}`, so it is not known which client to evaluate on "
                 "which rows. Add the column, or pass a dictionary from client id to dataset."
             )
-        unseen = sorted(set(eval_dataset.unique(args.client_column)) - set(self.client_ids), key=str)
+        named = rows_by_client(eval_dataset, args.client_column, name="eval_dataset")
+        unseen = sorted(named.keys() - set(self.client_ids))
         if unseen and not args.eval_unseen_clients:
             raise ValueError(
                 f"`eval_dataset` has rows of {unseen[0]!r}{_and_more(unseen)}, which has no training rows and so no B "
@@ -573,8 +580,7 @@ class FederatedMixin:
             f"{key}|{name}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
             for (owner, key), position in self._optimizer_entries().items()
             if owner == slot
-            for name, value in state.get(position, {}).items()
-            if isinstance(value, (torch.Tensor, int, float))
+            for name, value in _flatten(state.get(position, {}))
         }
 
     def _load_optimizer_states(self, wave: Wave) -> None:
@@ -583,10 +589,13 @@ class FederatedMixin:
         for slot, client_id in enumerate(wave.client_ids):
             if client_id in self._optimizers:
                 for name, value in self._optimizers.get(client_id).items():
-                    key, _, field = name.partition("|")
+                    key, *fields, last = name.split("|")
+                    entry = state.setdefault(entries[slot, key], {})
+                    for field in fields:
+                        entry = entry.setdefault(field, {})
                     # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
                     number = value.dim() == 0 and not value.is_floating_point()
-                    state.setdefault(entries[slot, key], {})[field] = value.item() if number else value
+                    entry[last] = value.item() if number else value
         self._set_optimizer_state(state)
 
     # Rounds: called by `RoundCallback` from the Trainer's events
@@ -685,6 +694,8 @@ class FederatedMixin:
         if callable(getattr(inner, "eval", None)):
             inner.eval()
         for slot, client_id in enumerate(wave.client_ids):
+            if not self._loss_counts.get(client_id):
+                continue  # The run was stopped before its first step ended, so it is as it was.
             received = self._slots.take(slot, "shared")
             progress.bytes_up += count_bytes(received)
             progress.weights[client_id] = self._weight(client_id)
@@ -693,8 +704,6 @@ class FederatedMixin:
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
-        if not self._keeps_trainer_loop:
-            self._set_optimizer_state({})
         self._slot_of = {}
         progress.wave_open, progress.waves_done = False, progress.waves_done + 1
 
@@ -710,10 +719,14 @@ class FederatedMixin:
 
     def _close_round(self) -> None:
         progress = self._progress
+        if not self._mean.mean:  # The run was stopped before any client had taken a step.
+            self._progress = RunState(progress.rounds_done, last_round=progress.last_round, history=progress.history)
+            return
         self._shared = self._mean.mean
+        trained = list(progress.weights)
         metrics = round_metrics(
             round_index=progress.rounds_done,
-            losses={client_id: float(loss) / self._loss_counts[client_id] for client_id, loss in self._losses.items()},
+            losses={client_id: float(self._losses[client_id]) / self._loss_counts[client_id] for client_id in trained},
             weights=progress.weights,
             bytes_down=progress.bytes_down,
             bytes_up=progress.bytes_up,
@@ -775,6 +788,11 @@ class FederatedMixin:
             return super().evaluate()  # Raises the Trainer's own error.
         if isinstance(eval_dataset, str):
             self._check_client(eval_dataset)
+            if eval_dataset not in (self.eval_dataset or {}):
+                raise ValueError(
+                    f"`eval_dataset` given to the trainer has no rows of {eval_dataset!r}. Pass a dictionary from "
+                    "client id to dataset here, or add the client's rows there."
+                )
             datasets: Mapping[str, Any] = {eval_dataset: eval_dataset}
         elif eval_dataset is None:
             datasets = {client_id: client_id for client_id in self.eval_dataset}
@@ -1222,6 +1240,15 @@ def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tupl
         start += count
 
 
+def _flatten(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor | int | float]]:
+    """Leaves of an optimizer's entry for one parameter. Those of bitsandbytes have a dictionary inside."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}|{inner}", leaf) for inner, leaf in _flatten(value))
+        elif value is not None:
+            yield name, value
+
+
 # Checks before a model loads
 
 _EMPTY_AFTER_TRUNCATION = (
@@ -1270,9 +1297,7 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
                 "client id to dataset."
             )
         return dataset
-    if not isinstance(dataset.features[args.client_column].dtype, str) or dataset.features[
-        args.client_column
-    ].dtype not in ("string", "large_string"):
+    if getattr(dataset.features[args.client_column], "dtype", None) not in ("string", "large_string"):
         raise TypeError(
             f"Column `{args.client_column}` of `{name}` must hold client ids as strings, got "
             f"{dataset.features[args.client_column]}. Convert it, e.g. with `partition_by_column`."

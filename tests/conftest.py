@@ -1,5 +1,7 @@
 """A two-layer Llama and a word tokenizer, both made in memory, and federations of a few rows."""
 
+import gc
+
 import pytest
 import torch
 from datasets import Dataset
@@ -17,6 +19,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports():
+    """Every `train()` collects garbage, and would go through all imported modules each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -363,7 +363,8 @@ trainer = FederatedTrainer(
 )
 trainer.train()
 trained = len({c for entry in trainer.round_history for c in entry["clients"]})
-print(trained, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, count_bytes(trainer.client_state_dict("client_0")))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(trained, peak, count_bytes(trainer.client_state_dict("client_0")))
 """
 
 

@@ -1,7 +1,6 @@
 """Every argument of `SFTTrainer` works in its place, per client and per round."""
 
 import copy
-import gc
 import inspect
 import json
 import math
@@ -30,15 +29,6 @@ from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, Federat
 from hf_fedsa.aggregation import WeightedMean
 
 TRAINER_ARGUMENTS = inspect.signature(FederatedTrainer.__init__).parameters.keys()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """`Trainer.train` ends with a full garbage collection: most of a tiny run's time, spent on imported modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
