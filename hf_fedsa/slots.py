@@ -44,12 +44,17 @@ class Slots:
             Number of clients that can train at the same time.
         share_modules_to_save (`bool`, *optional*, defaults to `False`):
             Whether modules trained in full (`modules_to_save`) are shared rather than kept by each client.
+        side_by_side (`bool`, *optional*, defaults to `True`):
+            Whether layers are made to route rows to slots. Off, PEFT's own forward is left in place, and there can be
+            one slot only.
 
     Raises:
         `ValueError`: the model has several adapters, or the config cannot be split between server and client.
     """
 
-    def __init__(self, model: PeftModel, num_slots: int, share_modules_to_save: bool = False):
+    def __init__(
+        self, model: PeftModel, num_slots: int, share_modules_to_save: bool = False, side_by_side: bool = True
+    ):
         if len(model.peft_config) != 1:
             raise ValueError(
                 f"The model has the adapters {', '.join(model.peft_config)}, but slots are made from exactly one. "
@@ -69,7 +74,7 @@ class Slots:
             self.parameters.append(self._add_adapter(name))
         self._active_rows: tuple[tuple[str, ...], tuple[int, ...]] | None = None
         self._sequence_length: int | None = None
-        if num_slots > 1:
+        if side_by_side:
             for module in _outermost_adapter_layers(model):
                 self._serve_side_by_side(module)
 
@@ -211,13 +216,12 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
     """`W x + s B_i A_i x` for the rows of every client i: `W x` once, the rest as batched products."""
     result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
     first = names[0]
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(layer.lora_A[first].weight.dtype)
-    x = layer.lora_dropout[first](x)
+    dtype = _compute_dtype(x, layer.lora_A[first].weight)
+    x = layer.lora_dropout[first](x.to(dtype))
     biases = [layer.lora_B[name].bias for name in names]
     if len(set(counts)) == 1:
-        a = torch.stack([layer.lora_A[name].weight for name in names])  # (clients, r, in_features)
-        b = torch.stack([layer.lora_B[name].weight for name in names])  # (clients, out_features, r)
+        a = torch.stack([layer.lora_A[name].weight for name in names]).to(dtype)  # (clients, r, in_features)
+        b = torch.stack([layer.lora_B[name].weight for name in names]).to(dtype)  # (clients, out_features, r)
         by_client = x.reshape(len(names), -1, x.shape[-1])  # (clients, rows * tokens, in_features)
         delta = torch.bmm(torch.bmm(by_client, a.mT), b.mT)
         if biases[0] is not None:
@@ -225,18 +229,36 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
         delta = delta.view(result.shape)
     else:
         parts = zip(names, biases, x.split(list(counts)), strict=True)
-        delta = torch.cat([F.linear(layer.lora_A[n](rows), layer.lora_B[n].weight, bias) for n, bias, rows in parts])
+        delta = torch.cat([_low_rank_product(layer, n, bias, rows, dtype) for n, bias, rows in parts])
     return torch.add(result, delta.to(result.dtype), alpha=layer.scaling[first])
+
+
+def _low_rank_product(layer, name, bias, rows, dtype) -> torch.Tensor:
+    reduced = F.linear(rows, layer.lora_A[name].weight.to(dtype))
+    return F.linear(reduced, layer.lora_B[name].weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    """
+    Dtype of the low-rank products: the adapter's, as in PEFT, or what autocast makes of the input.
+
+    On the CPU it is never below fp32. TRL keeps QLoRA adapters in bf16, in which most CPUs multiply so slowly that the
+    low-rank products took as long as all the rest of a step.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.float32 if x.device.type == "cpu" else weight.dtype
 
 
 def _vera_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
     """`W x + b_i * B (d_i * A x)` for the rows of every client i. The projections A and B are common."""
-    dtype = x.dtype
+    given = x.dtype
     result = layer.base_layer(x, *args, **kwargs)  # (rows, ..., out_features)
     first = names[0]
-    a = layer.vera_A[first][:, : layer.in_features].to(x.device)  # (r, in_features)
-    b = layer.vera_B[first][: layer.out_features].to(x.device)  # (out_features, r)
-    x = x.to(layer.vera_lambda_d[first].dtype)
+    dtype = _compute_dtype(x, layer.vera_lambda_d[first])
+    a = layer.vera_A[first][:, : layer.in_features].to(device=x.device, dtype=dtype)  # (r, in_features)
+    b = layer.vera_B[first][: layer.out_features].to(device=x.device, dtype=dtype)  # (out_features, r)
+    x = x.to(dtype)
     rows = torch.repeat_interleave(
         torch.arange(len(names), device=x.device), torch.tensor(counts, device=x.device), output_size=sum(counts)
     )
@@ -244,7 +266,7 @@ def _vera_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
     d_rows = torch.stack([layer.vera_lambda_d[name] for name in names])[rows].view(shape)  # (rows, ..., r)
     b_rows = torch.stack([layer.vera_lambda_b[name] for name in names])[rows].view(shape)  # (rows, ..., out_features)
     delta = b_rows * F.linear(d_rows * F.linear(layer.vera_dropout[first](x), a), b)
-    return (result + delta).to(result.dtype).to(dtype)
+    return (result + delta).to(result.dtype).to(given)
 
 
 def _batched_forwards() -> dict[type, BatchedForward]:

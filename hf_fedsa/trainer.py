@@ -165,7 +165,12 @@ class FederatedMixin:
         validate_peft_config(next(iter(self.model.peft_config.values())))
         per_round = min(args.clients_per_round or len(self.client_ids), len(self.client_ids))
         num_slots = min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_round)
-        self._slots = Slots(self.model, num_slots, share_modules_to_save=args.share_modules_to_save)
+        self._slots = Slots(
+            self.model,
+            num_slots,
+            share_modules_to_save=args.share_modules_to_save,
+            side_by_side=not self._keeps_trainer_loop,
+        )
 
         # State: the server's tensors are fp32 whatever the slots train in, so that an average loses nothing.
         self._shared = clone_tensors(self._slots.select(0, "shared"), dtype=torch.float32)

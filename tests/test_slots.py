@@ -669,9 +669,9 @@ def test_a_model_with_two_adapters_is_refused():
         Slots(model, 2)
 
 
-def test_one_slot_adds_no_adapter_and_replaces_no_forward():
+def test_without_side_by_side_no_adapter_is_added_and_no_forward_replaced():
     model = build("lora")
-    made = Slots(model, 1)
+    made = Slots(model, 1, side_by_side=False)
     assert len(made) == 1
     assert list(model.peft_config) == ["default"]
     assert all("forward" not in vars(module) for module in model.modules() if isinstance(module, LoraLayer))
