@@ -72,7 +72,8 @@ class Slots:
         }
         for name in self.names[1:]:
             self.parameters.append(self._add_adapter(name))
-        self._active_rows: tuple[tuple[str, ...], tuple[int, ...]] | None = None
+        # Names of the slots in use and their numbers of rows, or None in place of these for all rows.
+        self._active_rows: tuple[tuple[str, ...], tuple[int, ...] | None] | None = None
         self._sequence_length: int | None = None
         if side_by_side:
             for module in _outermost_adapter_layers(model):
@@ -125,15 +126,24 @@ class Slots:
             sequence_length (`int`, *optional*):
                 Tokens per row. Lets layers that see rows and tokens flattened into one axis tell the rows apart.
         """
-        self._active_rows = (
-            tuple(self.names[slot] for slot, _ in slot_rows),
-            tuple(count for _, count in slot_rows),
-        )
-        self._sequence_length = sequence_length
+        names, counts = zip(*((self.names[slot], count) for slot, count in slot_rows), strict=True)
+        with self._routing(names, counts, sequence_length):
+            yield
+
+    @contextlib.contextmanager
+    def whole_batches(self, slot: int) -> Iterator[None]:
+        """Within this context all rows go through one slot, by the forward that serves several side by side."""
+        with self._routing((self.names[slot],), None, None):
+            yield
+
+    @contextlib.contextmanager
+    def _routing(self, names, counts, sequence_length) -> Iterator[None]:
+        before = self._active_rows, self._sequence_length
+        self._active_rows, self._sequence_length = (names, counts), sequence_length
         try:
             yield
         finally:
-            self._active_rows = None
+            self._active_rows, self._sequence_length = before
 
     def _serve_side_by_side(self, module: nn.Module) -> None:
         """Replaces `module.forward` on this instance by one that routes rows to slots while rows are set."""
@@ -151,7 +161,9 @@ class Slots:
 
         module.forward = forward
 
-    def _counts_of(self, x: torch.Tensor, counts: Sequence[int], module: nn.Module) -> Sequence[int]:
+    def _counts_of(self, x: torch.Tensor, counts: Sequence[int] | None, module: nn.Module) -> Sequence[int]:
+        if counts is None:
+            return (x.shape[0],)
         num_rows = sum(counts)
         if x.shape[0] == num_rows:
             return counts

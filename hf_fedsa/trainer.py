@@ -289,7 +289,8 @@ class FederatedMixin:
         before = self._slots.take(0)
         try:
             self._slots.load(0, tensors)
-            yield self.model
+            with self._slots.whole_batches(0):
+                yield self.model
         finally:
             self._slots.load(0, before)
 
