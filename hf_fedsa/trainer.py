@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import TrainOutput, speed_metrics
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -185,6 +185,7 @@ class FederatedMixin:
         self._loss_counts: dict[str, int] = {}
         self._schedule_at_round_start: dict[str, Any] | None = None
         self._resuming = False
+        self._owns_store = args.client_store_dir is None
         self._rounds: list[Round] = []
         self._clock = time.perf_counter()
 
@@ -609,14 +610,17 @@ class FederatedMixin:
     def begin_run(self) -> None:
         """Starts from the initial state, unless a checkpoint has just been loaded."""
         if not self._resuming:
+            if not self._owns_store and (list(self._clients) or list(self._optimizers)):
+                raise ValueError(
+                    f"`client_store_dir={self.args.client_store_dir!r}` holds the clients of another run, which a "
+                    "new one would overwrite. Resume that run from a checkpoint, or pass another directory."
+                )
             self._shared = clone_tensors(self._initial_shared)
             self._clients.clear()
             self._optimizers.clear()
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-        self._resuming = False
-        if self.is_world_process_zero():
-            self._write_rounds(Path(self.args.output_dir))
+        self._resuming, self._owns_store = False, True
 
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
@@ -959,7 +963,12 @@ class FederatedMixin:
 
     # Resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any | None = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """
         Runs all rounds.
 
@@ -967,8 +976,8 @@ class FederatedMixin:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
                 run that was never interrupted.
-            args, kwargs:
-                Passed to the Trainer.
+            trial, ignore_keys_for_eval:
+                See [`~transformers.Trainer.train`].
 
         Raises:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
@@ -981,7 +990,7 @@ class FederatedMixin:
                     "`train()` without it to start from the beginning."
                 )
             resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

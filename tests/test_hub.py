@@ -1,0 +1,174 @@
+"""What is saved of a federation, and how it is loaded again."""
+
+import json
+
+import pytest
+import torch
+from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from hf_fedsa import FederatedTrainer, load_personalized_model
+from hf_fedsa.parameters import tensors_sha256
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base")
+    make_model(hidden_size=64, intermediate_size=128).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_tokenizer()("the cat sat on the red mat", return_tensors="pt")
+
+
+def train(base_dir, output_dir, inputs, **kwargs):
+    """Trains and saves a federation, and returns the trainer with every client's logits."""
+    trainer = FederatedTrainer(
+        model=base_dir,
+        args=make_args(output_dir, learning_rate=1e-2),
+        train_dataset={f"client_{i}": make_rows(6, seed=i) for i in range(3)},
+        peft_config=make_lora(),
+        **kwargs,
+    )
+    trainer.train()
+    trainer.save_model()
+    logits = {}
+    for client_id in trainer.client_ids:
+        with trainer.use_client(client_id) as model, torch.no_grad():
+            logits[client_id] = model.eval()(**inputs).logits
+    return trainer, logits
+
+
+@pytest.fixture(scope="module")
+def saved(base_dir, inputs, tmp_path_factory):
+    return train(base_dir, tmp_path_factory.mktemp("out"), inputs)
+
+
+@torch.no_grad()
+def test_a_loaded_client_gives_the_logits_the_trainer_evaluated_with(saved, inputs):
+    trainer, logits = saved
+    for client_id, expected in logits.items():
+        model = load_personalized_model(trainer.args.output_dir, client_id=client_id)
+        assert (model(**inputs).logits - expected).abs().max() < 1e-5
+        assert not model.training
+
+
+@torch.no_grad()
+def test_merged_is_a_plain_model_with_the_same_logits(saved, inputs):
+    trainer, logits = saved
+    model = load_personalized_model(trainer.args.output_dir, "client_1", merge=True)
+    assert isinstance(model, PreTrainedModel)
+    assert not isinstance(model, PeftModel)
+    assert (model(**inputs).logits - logits["client_1"]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_an_adapter_goes_on_a_base_that_is_already_loaded(saved, inputs, base_dir):
+    trainer, logits = saved
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    model = load_personalized_model(trainer.args.output_dir, "client_2", base_model=base)
+    assert model.get_base_model() is base
+    assert (model(**inputs).logits - logits["client_2"]).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="`dtype`.*already loaded|already loaded.*`dtype`"):
+        load_personalized_model(trainer.args.output_dir, "client_2", base_model=base, dtype=torch.float32)
+
+
+def test_a_quantized_federation_loads_as_stock_peft_loads_it(base_dir, inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trainer, logits = train(base_dir, tmp_path, inputs, quantization_config=quantization)
+    assert trainer._slots.take(0, "local").popitem()[1].dtype == torch.bfloat16
+    for client_id, expected in logits.items():
+        ours = load_personalized_model(tmp_path, client_id, quantization_config=quantization, dtype=torch.float32)
+        base = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantization, dtype=torch.float32)
+        stock = PeftModel.from_pretrained(base, str(tmp_path / "clients" / client_id)).eval()
+        with torch.no_grad():
+            assert torch.equal(ours(**inputs).logits, stock(**inputs).logits)
+            assert (ours(**inputs).logits - expected).abs().max() < 1e-5
+
+
+def test_files_hold_a_alone_and_complete_adapters(saved):
+    trainer, _ = saved
+    out = trainer.args.output_dir
+    shared = load_file(f"{out}/shared/adapter_model.safetensors")
+    assert all(key.endswith("lora_A.weight") for key in shared)
+    assert max_difference(shared, trainer.shared_state_dict()) == 0
+    for client_id in trainer.client_ids:
+        adapter = load_file(f"{out}/clients/{client_id}/adapter_model.safetensors")
+        local = {key: tensor for key, tensor in adapter.items() if key not in shared}
+        assert max_difference({key: adapter[key] for key in shared}, shared) == 0
+        assert max_difference(local, trainer.client_state_dict(client_id)) == 0
+    federation = json.loads(open(f"{out}/federation.json").read())
+    assert federation["shared_sha256"] == tensors_sha256(trainer.shared_state_dict())
+    assert federation["method"] == "lora"
+    assert federation["rounds_done"] == 2
+    assert list(federation["clients"]) == trainer.client_ids
+
+
+def test_a_client_that_never_trained_is_saved_with_the_shared_a(base_dir, tmp_path, inputs):
+    trainer = FederatedTrainer(
+        model=base_dir,
+        args=make_args(tmp_path, num_rounds=1, clients_per_round=1),
+        train_dataset={f"client_{i}": make_rows(6, seed=i) for i in range(3)},
+        peft_config=make_lora(),
+    )
+    trainer.train()
+    trainer.save_model()
+    federation = json.loads((tmp_path / "federation.json").read_text())
+    waiting = [client_id for client_id, entry in federation["clients"].items() if entry["last_round"] is None]
+    assert len(waiting) == 2
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    with torch.no_grad():
+        expected = base(**inputs).logits
+        model = load_personalized_model(tmp_path, waiting[0], base_model=base)
+        assert (model(**inputs).logits - expected).abs().max() < 1e-6
+
+
+def test_one_unnamed_client_is_also_saved_as_its_trainer_saves(base_dir, tmp_path, inputs):
+    trainer = FederatedTrainer(
+        model=base_dir,
+        args=make_args(tmp_path, num_rounds=1, local_steps=None),
+        train_dataset=make_rows(6, seed=0),
+        peft_config=make_lora(),
+    )
+    trainer.train()
+    trainer.save_model()
+    with torch.no_grad():
+        expected = trainer.model.eval()(**inputs).logits
+        for folder in (tmp_path, tmp_path / "clients" / "client_0"):
+            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), str(folder)).eval()
+            assert (model(**inputs).logits - expected).abs().max() < 1e-6
+
+
+def test_a_wrong_client_lists_the_ones_there_are(saved):
+    with pytest.raises(ValueError, match="no client 'client_9'.*client_0, client_1, client_2"):
+        load_personalized_model(saved[0].args.output_dir, "client_9")
+
+
+def test_a_folder_without_a_federation_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*federation.json"):
+        load_personalized_model(tmp_path, "client_0")
+
+
+def test_a_client_store_of_another_run_is_not_overwritten(base_dir, tmp_path):
+    def make(name):
+        return FederatedTrainer(
+            model=base_dir,
+            args=make_args(tmp_path / name, client_store_dir=str(tmp_path / "store")),
+            train_dataset={f"client_{i}": make_rows(6, seed=i) for i in range(3)},
+            peft_config=make_lora(),
+        )
+
+    first = make("first")
+    first.train()
+    files = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.safetensors")}
+    assert len(files) == 3
+    with pytest.raises(ValueError, match="`client_store_dir=.*another run"):
+        make("second").train()
+    assert {path: path.read_bytes() for path in files} == files
+    first.train()
