@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -128,6 +129,8 @@ class FederatedMixin:
         # One client that trains whole passes is what the Trainer does anyway, so its own loop and loader are kept.
         single = len(self.client_ids) == 1
         self._keeps_trainer_loop = single and args.local_steps is None and args.local_epochs in (None, 1)
+        if self._names_clients or not self._keeps_trainer_loop:
+            _refuse_packing(args)
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
@@ -392,7 +395,7 @@ class FederatedMixin:
                 seed = derive_seed(base_seed, "rows", round_index, client_id, pass_index)
             generator = torch.Generator().manual_seed(seed)
             if strategy == "group_by_length":
-                lengths = self._row_lengths()
+                lengths = self._row_lengths
                 batch = work.batch_size * work.accumulation_steps
                 rows = self._rows_of[client_id]
                 return list(LengthGroupedSampler(batch, lengths=[lengths[row] for row in rows], generator=generator))
@@ -400,6 +403,7 @@ class FederatedMixin:
 
         return order
 
+    @functools.cached_property
     def _row_lengths(self) -> list[int]:
         if self.args.length_column_name in self.train_dataset.column_names:
             return self.train_dataset[:][self.args.length_column_name]
@@ -1354,6 +1358,15 @@ def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
         )
 
 
+def _refuse_packing(args: FederatedConfig) -> None:
+    if args.packing or args.eval_packing:
+        raise ValueError(
+            "`packing=True` joins rows into sequences that no longer say which client they are of. Set "
+            "`packing=False` (and leave `eval_packing` out); `train_sampling_strategy='group_by_length'` also saves "
+            "padding."
+        )
+
+
 def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
     if args.world_size > 1 or args.n_gpu > 1:
         raise ValueError(
@@ -1365,11 +1378,6 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         raise ValueError(
             "`push_to_hub=True` would upload `output_dir` with every client's own B in it. Set it to False, and "
             "upload what you choose to publish, e.g. `shared/`, with `huggingface_hub.upload_folder`."
-        )
-    if args.packing or args.eval_packing:
-        raise ValueError(
-            "`packing=True` puts rows of different clients into one sequence. Set `packing=False` (and leave "
-            "`eval_packing` out); `train_sampling_strategy='group_by_length'` also saves padding."
         )
     if args.padding_free:
         raise ValueError(

@@ -303,8 +303,8 @@ class TestArguments:
                 {"local_steps": 2, "local_epochs": 1},
                 ["`local_steps=2` and `local_epochs=1`", "both say", "Pass one of them"],
             ),
-            ({"packing": True}, ["`packing=True`", "rows of different clients", "Set `packing=False`"]),
-            ({"eval_packing": True}, ["packing", "rows of different clients", "leave `eval_packing` out"]),
+            ({"packing": True}, ["`packing=True`", "no longer say which client", "Set `packing=False`"]),
+            ({"eval_packing": True}, ["packing", "no longer say which client", "leave `eval_packing` out"]),
             ({"padding_free": True}, ["`padding_free=True`", "cannot be told apart", "Set `padding_free=False`"]),
             ({"max_steps": 5}, ["`max_steps=5`", "middle of a round", "Set `num_rounds`"]),
             (
