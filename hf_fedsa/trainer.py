@@ -311,7 +311,9 @@ class FederatedMixin:
     def _local_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         if client_id in self._slot_of:
             return self._slots.take(self._slot_of[client_id], "local")
-        return self._clients.get(client_id) if client_id in self._clients else self._initial_local
+        # Until this run has begun, a store on disk may hold the clients of another.
+        stored = self._owns_store and client_id in self._clients
+        return self._clients.get(client_id) if stored else self._initial_local
 
     def _client_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         """The complete adapter a client serves with now, in the dtype of the slots."""
@@ -624,7 +626,8 @@ class FederatedMixin:
             self._optimizers.clear()
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-        self._resuming, self._owns_store = False, True
+            self._owns_store = True
+        self._resuming = False
 
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
@@ -1011,6 +1014,7 @@ class FederatedMixin:
         self._mean = WeightedMean(mean, self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
+        self._owns_store = True
         for store, name in ((self._clients, "clients"), (self._optimizers, "optimizers")):
             store.clear()
             for path in sorted((folder / name).glob("*.safetensors")):

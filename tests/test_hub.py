@@ -168,7 +168,10 @@ def test_a_client_store_of_another_run_is_not_overwritten(base_dir, tmp_path):
     first.train()
     files = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.safetensors")}
     assert len(files) == 3
+    second = make("second")
+    assert max_difference(first.client_state_dict("client_0"), second.client_state_dict("client_0")) > 0
+    assert not any(tensor.any() for tensor in second.client_state_dict("client_0").values())
     with pytest.raises(ValueError, match="`client_store_dir=.*another run"):
-        make("second").train()
+        second.train()
     assert {path: path.read_bytes() for path in files} == files
     first.train()
