@@ -36,8 +36,9 @@ class FederatedConfig(SFTConfig):
         > Execution
 
         parallel_clients (`int`, *optional*):
-            Clients that train side by side in one forward pass. It changes speed and memory, not results. `None` means
-            as many as a round samples, up to 4. `1` trains them one after the other with the least memory.
+            Clients that train side by side in one forward pass. It changes speed and memory, not results (dropout
+            and other noise draw other numbers). `None` means as many as a round samples, up to 4. `1` trains them one
+            after the other with the least memory.
         client_store_dir (`str`, *optional*):
             Directory for the tensors of clients that are not training. `None` keeps them in memory.
 

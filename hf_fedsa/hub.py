@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -10,12 +11,31 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from .parameters import AdapterMethod, adapter_tensors, clone_tensors, tensors_sha256
 from .slots import mutates_base
 from .state import file_sha256, write_json, write_safetensors
 
+logger = logging.getLogger(__name__)
+
+# Class of the base model by the adapter's task. Adapters without a task are those of causal language models.
+_AUTO_CLASSES = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
 _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
 
 
@@ -58,6 +78,13 @@ def save_federation(
     every = clone_tensors(adapter_tensors(model, adapter_name))
     frozen = {key: tensor for key, tensor in every.items() if key not in initial_tensors}
     _write_adapter(directory / "shared", config, shared)
+    saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
+    if others := sorted(saved - set(client_ids)):
+        logger.warning(
+            "%s also holds %s of an earlier run, made for another A. Remove them unless you want to keep them.",
+            directory / "clients",
+            ", ".join(others),
+        )
     files = {}
     for client_id in client_ids:
         tensors, client_config = {**client_tensors(client_id), **frozen}, config
@@ -69,6 +96,8 @@ def save_federation(
         **summary,
         "method": method.name,
         "base_model": config.base_model_name_or_path,
+        "base_dtype": str(model.get_base_model().dtype).removeprefix("torch."),
+        "quantized": getattr(model.get_base_model().config, "quantization_config", None) is not None,
         "shared_tensors": list(method.shared),
         "local_tensors": list(method.local),
         "shared_sha256": tensors_sha256(shared),
@@ -97,20 +126,21 @@ def load_personalized_model(
         client_id (`str`):
             Client to load.
         base_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            Base to put the adapter on: a loaded model, or the name or folder of one. If `None`, the one it was trained
-            on.
+            Base to put the adapter on: a loaded model, which is changed in place, or the name or folder of one. If
+            `None`, the one it was trained on.
         merge (`bool`, *optional*, defaults to `False`):
             Whether to merge the adapter into the base weights and return a plain model.
         kwargs:
-            Passed to [`~transformers.AutoModelForCausalLM.from_pretrained`], e.g. `quantization_config`, `dtype` or
-            `device_map`.
+            Passed to the base model's `from_pretrained`, e.g. `quantization_config` or `device_map`. `dtype` defaults
+            to that of training; quantization is only what you pass.
 
     Returns:
         [`~peft.PeftModel`], or a [`~transformers.PreTrainedModel`] if `merge` is set, ready for inference.
 
     Raises:
         `FileNotFoundError`: the folder is not one that a federation was saved to.
-        `ValueError`: there is no such client. The message lists the ones there are.
+        `ValueError`: there is no such client (the message lists the ones there are), its file is not the one that was
+            saved, or the base cannot take it.
 
     Example:
 
@@ -124,16 +154,38 @@ def load_personalized_model(
         raise ValueError(
             f"{directory} holds no client {client_id!r}. Its clients are: {', '.join(federation['clients'])}."
         )
+    folder = directory / "clients" / client_id
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file() or file_sha256(weights) != federation["clients"][client_id]["sha256"]:
+        raise ValueError(
+            f"{weights} is missing or is not the file that {directory / 'federation.json'} lists, so it may belong to "
+            "another save or another client. Save the federation again."
+        )
     if base_model is None:
+        if not federation["base_model"]:
+            raise ValueError(
+                f"{directory} does not name its base model, since it was built in memory. Pass it as `base_model`."
+            )
         base_model = federation["base_model"]
     if isinstance(base_model, str):
-        base_model = AutoModelForCausalLM.from_pretrained(base_model, **kwargs)
+        kwargs.setdefault("dtype", federation["base_dtype"])
+        if federation["quantized"] and "quantization_config" not in kwargs:
+            logger.info(
+                "The base model was quantized in training and is not now. Pass `quantization_config` to have it."
+            )
+        task = PeftConfig.from_pretrained(str(folder)).task_type
+        base_model = _AUTO_CLASSES.get(task, AutoModelForCausalLM).from_pretrained(base_model, **kwargs)
     elif kwargs:
         raise ValueError(
             f"`base_model` is already loaded, so {', '.join(f'`{name}`' for name in kwargs)} cannot apply to it. Pass "
             "its name instead, or leave them out."
         )
-    model = PeftModel.from_pretrained(base_model, str(directory / "clients" / client_id))
+    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
+        raise ValueError(
+            "`base_model` already carries an adapter. Take it out with `unload()` first, or add this one to that "
+            f"`PeftModel` with `load_adapter({str(folder)!r}, adapter_name=...)`."
+        )
+    model = PeftModel.from_pretrained(base_model, str(folder))
     return model.merge_and_unload() if merge else model.eval()
 
 
@@ -145,7 +197,10 @@ def read_federation(directory: Path) -> dict[str, Any]:
             f"{directory} holds no federation: {path.name} is missing. Pass the folder that `trainer.save_model()` "
             "wrote."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Save the federation again.") from error
 
 
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:

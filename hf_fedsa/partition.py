@@ -174,7 +174,7 @@ def _column(dataset: Dataset, column: str, name: str) -> list:
         raise ValueError(
             f"`{name}` has no column `{column}`, only: {', '.join(dataset.column_names)}. Name one of those."
         )
-    values = dataset[:][column]
+    values = dataset.select_columns(column)[:][column]
     if any(value is None for value in values):
         raise ValueError(
             f"Column `{column}` of `{name}` is null in row {values.index(None)}. Fill or drop such rows first."

@@ -31,7 +31,10 @@ def validate_client_ids(client_ids: Iterable[str]) -> None:
     folded: dict[str, str] = {}
     for client_id in client_ids:
         if not isinstance(client_id, str):
-            raise TypeError(f"Client ids must be strings, got {client_id!r} of type {type(client_id).__name__}.")
+            raise TypeError(
+                f"Client ids must be strings, got {client_id!r} of type {type(client_id).__name__}. Pass "
+                f"`str({client_id!r})`."
+            )
         if not _CLIENT_ID.fullmatch(client_id):
             raise ValueError(
                 f"The client id {client_id!r} cannot name a folder. Use up to 96 letters, digits, dots, underscores "

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -43,7 +43,7 @@ from .parameters import clone_tensors, count_bytes
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
-from .slots import SlotRows, Slots
+from .slots import SlotRows, Slots, mutates_base
 from .state import (
     STATE_FOLDER,
     CheckpointError,
@@ -122,9 +122,15 @@ class FederatedMixin:
                 f"`train_dataset` has a column `{images.pop()}`, but image batches cannot be divided by client: their "
                 "pixels do not come one entry per row. Train on text, or one client at a time."
             )
+        if self._names_clients and isinstance(eval_dataset, Mapping):
+            # A split in the training set's proportions may leave small clients without evaluation rows.
+            eval_dataset = {client_id: rows for client_id, rows in eval_dataset.items() if len(rows)}
         if self._names_clients and eval_dataset is not None:
             eval_dataset = _as_one_dataset(eval_dataset, args, name="eval_dataset")
             self._check_eval_clients(eval_dataset, args)
+
+        if isinstance(model, PeftModel):
+            _check_peft_model(model)
 
         # One client that trains whole passes is what the Trainer does anyway, so its own loop and loader are kept.
         single = len(self.client_ids) == 1
@@ -163,7 +169,7 @@ class FederatedMixin:
         if not isinstance(self.model, PeftModel):
             raise TypeError(
                 f"The model is a `{type(self.model).__name__}` without an adapter, but only adapters are trained and "
-                "shared. Pass `peft_config`, or a `PeftModel`."
+                "shared. Wrap it with `peft.get_peft_model` first."
             )
         validate_peft_config(next(iter(self.model.peft_config.values())))
         per_round = min(args.clients_per_round or len(self.client_ids), len(self.client_ids))
@@ -184,6 +190,7 @@ class FederatedMixin:
         self._mean = WeightedMean()
         self._progress = RunState()
         self._slot_of: dict[str, int] = {}
+        self._displaced: dict[str, torch.Tensor] | None = None
         self._losses: dict[str, torch.Tensor] = {}
         self._loss_counts: dict[str, int] = {}
         self._schedule_at_round_start: dict[str, Any] | None = None
@@ -290,13 +297,15 @@ class FederatedMixin:
         """
         self._check_client(client_id)
         tensors = self._client_tensors(client_id)
-        before = self._slots.take(0)
+        before, outer = self._slots.take(0), self._displaced
+        self._displaced = outer if outer is not None else before
         try:
             self._slots.load(0, tensors)
             with self._slots.whole_batches(0):
                 yield self.model
         finally:
             self._slots.load(0, before)
+            self._displaced = outer
 
     def _check_client(self, client_id: str) -> None:
         if client_id in self.client_ids:
@@ -308,9 +317,15 @@ class FederatedMixin:
             f"{_and_more(self.client_ids, 20)}."
         )
 
+    def _take_training(self, client_id: str) -> dict[str, torch.Tensor]:
+        """The adapter of a client that is training, also while `use_client` has another one in its slot."""
+        slot = self._slot_of[client_id]
+        return clone_tensors(self._displaced) if slot == 0 and self._displaced is not None else self._slots.take(slot)
+
     def _local_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         if client_id in self._slot_of:
-            return self._slots.take(self._slot_of[client_id], "local")
+            training = self._take_training(client_id)
+            return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
         # Until this run has begun, a store on disk may hold the clients of another.
         stored = self._owns_store and client_id in self._clients
         return self._clients.get(client_id) if stored else self._initial_local
@@ -318,7 +333,7 @@ class FederatedMixin:
     def _client_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         """The complete adapter a client serves with now, in the dtype of the slots."""
         if client_id in self._slot_of:
-            return self._slots.take(self._slot_of[client_id])
+            return self._take_training(client_id)
         return {**self._broadcast(), **self._local_tensors(client_id)}
 
     def _broadcast(self) -> dict[str, torch.Tensor]:
@@ -417,7 +432,9 @@ class FederatedMixin:
             return values
         epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
         max_steps = sum(round_.num_steps for round_ in self._rounds)
-        num_samples = max_steps * total_batch_size
+        work = self._local_work()
+        local_steps = sum(work.num_steps(len(self._rows_of[c])) for round_ in self._rounds for c in round_.client_ids)
+        num_samples = local_steps * total_batch_size
         return epochs, steps_per_epoch, num_examples, num_samples, total_batch_size, steps_in_epoch, max_steps
 
     # Under `local_epochs`, rounds differ in length, but the Trainer finds the epoch of a step by division.
@@ -429,9 +446,10 @@ class FederatedMixin:
         )
         if self._keeps_trainer_loop or resume_from_checkpoint is None:
             return epochs_trained, steps_trained
-        rounds_done = self._progress.rounds_done
-        steps_in_round = self.state.global_step - sum(round_.num_steps for round_ in self._rounds[:rounds_done])
-        return rounds_done, steps_in_round * self.args.gradient_accumulation_steps
+        # Earlier rounds may also have been shorter than planned, if a callback ended them.
+        progress = self._progress
+        round_began_at = progress.history[-1]["step"] if progress.history else 0
+        return progress.rounds_done, (self.state.global_step - round_began_at) * self.args.gradient_accumulation_steps
 
     # Computation
 
@@ -616,18 +634,28 @@ class FederatedMixin:
     def begin_run(self) -> None:
         """Starts from the initial state, unless a checkpoint has just been loaded."""
         if not self._resuming:
-            if not self._owns_store and (list(self._clients) or list(self._optimizers)):
-                raise ValueError(
-                    f"`client_store_dir={self.args.client_store_dir!r}` holds the clients of another run, which a "
-                    "new one would overwrite. Resume that run from a checkpoint, or pass another directory."
-                )
+            self._claim_store(resuming=False)
             self._shared = clone_tensors(self._initial_shared)
             self._clients.clear()
             self._optimizers.clear()
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-            self._owns_store = True
         self._resuming = False
+
+    def _claim_store(self, resuming: bool) -> None:
+        """Makes sure that a store on disk holds no clients of another run before they are replaced."""
+        if self._owns_store:
+            return
+        owner = Path(self.args.client_store_dir) / "run.json"
+        this_run = {"output_dir": str(Path(self.args.output_dir).resolve()), "client_ids": sorted(self.client_ids)}
+        same_run = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == this_run
+        if (list(self._clients) or list(self._optimizers)) and not (resuming and same_run):
+            raise ValueError(
+                f"`client_store_dir={self.args.client_store_dir!r}` holds the clients of another run, which this one "
+                "would overwrite. Resume that run from a checkpoint, or pass another directory."
+            )
+        write_json(owner, this_run)
+        self._owns_store = True
 
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
@@ -962,11 +990,18 @@ class FederatedMixin:
         torch.save(self.args, checkpoint / "training_args.bin")
         write_json(folder / "state.json", {"identity": self._identity(), "progress": progress.to_dict()})
 
-    # The manifest must come after everything the Trainer writes.
+    # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save and not self.args.save_only_model:
-            write_manifest(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            run_dir = self._get_output_dir(trial=trial)
+            if not self.args.save_only_model:
+                write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
+            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, use_mtime=True)
 
     # Resuming
 
@@ -989,6 +1024,7 @@ class FederatedMixin:
         Raises:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
         """
+        self._resuming = False
         if resume_from_checkpoint is True:
             newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
             if newest is None:
@@ -1006,6 +1042,7 @@ class FederatedMixin:
         folder = checkpoint / STATE_FOLDER
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         check_same_federation(state["identity"], json.loads(json.dumps(self._identity())), checkpoint)
+        self._claim_store(resuming=True)
 
         self._progress = RunState(**state["progress"])
         server = load_file(folder / "server.safetensors")
@@ -1014,7 +1051,6 @@ class FederatedMixin:
         self._mean = WeightedMean(mean, self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
-        self._owns_store = True
         for store, name in ((self._clients, "clients"), (self._optimizers, "optimizers")):
             store.clear()
             for path in sorted((folder / name).glob("*.safetensors")):
@@ -1100,11 +1136,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
     ):
         # Arguments
         args = _as_federated_config(args, model)
-        if isinstance(model, PeftModel):
-            if peft_config is None:
-                for config in model.peft_config.values():
-                    validate_peft_config(config)
-        else:
+        if not isinstance(model, PeftModel):
             validate_peft_config(peft_config)
         if train_dataset is None:
             raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
@@ -1275,8 +1307,8 @@ def _flatten(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor | int
 # Checks before a model loads
 
 _EMPTY_AFTER_TRUNCATION = (
-    "Client {client_id!r} has no row left to train on: `max_length={max_length}` cuts off every token that counts for "
-    "the loss. Raise `max_length`, or leave the client out."
+    "Client {client_id!r} has no row left to train on: once rows are cut to `max_length={max_length}`, none has a "
+    "token that counts for the loss. Raise `max_length`, check the labels, or leave the client out."
 )
 
 
@@ -1300,6 +1332,11 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
     if isinstance(dataset, Mapping):
         if not dataset:
             raise ValueError(f"`{name}` is an empty dictionary. Pass at least one client with its rows.")
+        if set(dataset) <= {"train", "test", "validation"}:
+            raise ValueError(
+                f"`{name}` has the keys {', '.join(dataset)}, which look like splits of one dataset, not clients. "
+                "Pass a split, or a dictionary from client id to rows."
+            )
         validate_client_ids(dataset)
         return merge_clients(dataset, args.client_column)
     if isinstance(dataset, IterableDataset):
@@ -1362,6 +1399,22 @@ def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
         )
 
 
+def _check_peft_model(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        validate_peft_config(config)
+        if mutates_base(config):
+            raise ValueError(
+                f"`init_lora_weights={config.init_lora_weights!r}` has changed the base weights of the `PeftModel` "
+                "you passed, and what it took out of them is not known here, so the adapters could not be saved for "
+                "the original base. Pass the base model and `peft_config` instead."
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The `PeftModel` you passed has no trainable parameter. Load it with `PeftModel.from_pretrained(..., "
+            "is_trainable=True)`."
+        )
+
+
 def _refuse_packing(args: FederatedConfig) -> None:
     if args.packing or args.eval_packing:
         raise ValueError(
@@ -1387,6 +1440,11 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         raise ValueError(
             "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
             "`padding_free=False`."
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "`ignore_data_skip=True` would resume a round with other rows than those of the clients in training. "
+            "Leave it out: finding the place to go on from costs nothing here."
         )
     if args.rounds < 1:
         raise ValueError(

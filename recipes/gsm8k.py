@@ -13,7 +13,7 @@ The setting of the paper, on a GPU:
 accelerate launch recipes/gsm8k.py --config recipes/configs/llama3_8b_qlora.yaml
 ```
 
-With rows of your own, one client per file or one file dealt to several clients:
+With rows of your own, jsonl with `question` and `answer` (steps, then `#### result` on a line), dealt to the clients:
 
 ```bash
 accelerate launch recipes/gsm8k.py --config recipes/configs/demo.yaml --dataset_name train.jsonl --test_file test.jsonl
@@ -219,6 +219,8 @@ def measure(trainer, evaluation, readers, max_new_tokens: int) -> dict[str, dict
     metrics = trainer.evaluate()
     results = {}
     for client_id, rows in evaluation.items():
+        if not len(rows):
+            continue  # Fewer held-out rows than clients.
         with trainer.use_client(client_id) as model:
             prompts = [prompt_of(question) for question in rows["question"]]
             texts = generate(model, trainer.processing_class, prompts, max_new_tokens)

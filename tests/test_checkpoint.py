@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.state import CheckpointError
+from hf_fedsa.parameters import adapter_tensors
+from hf_fedsa.state import CheckpointError, write_manifest
 
 
 class Interrupted(Exception):
@@ -240,3 +242,112 @@ def test_evaluation_in_the_middle_of_a_round_changes_nothing(tmp_path, tokenizer
         trainer.train()
         weights.append(weights_of(trainer))
     assert torch.equal(torch.tensor(max_difference(*weights)), torch.tensor(0.0))
+
+
+def test_a_round_that_a_callback_cut_short_does_not_mislead_a_resumed_run(tmp_path, tokenizer):
+    class StopEpoch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                control.should_epoch_stop = True
+
+    whole = make_trainer(tmp_path / "whole", tokenizer, "waves", [StopEpoch()])
+    whole.train()
+    with pytest.raises(Interrupted):
+        make_trainer(tmp_path, tokenizer, "waves", [StopEpoch(), InterruptAfterSave(6)]).train()
+    resumed = make_trainer(tmp_path, tokenizer, "waves", [StopEpoch()])
+    resumed.train(resume_from_checkpoint=True)
+    assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+
+
+def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokenizer, monkeypatch):
+    def make():
+        return FederatedTrainer(
+            model=make_model(),
+            args=make_args(tmp_path, num_rounds=3, save_strategy="epoch", save_total_limit=1),
+            train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+        )
+
+    written = []
+
+    def dying(checkpoint):
+        if written:
+            raise Interrupted
+        written.append(checkpoint)
+        write_manifest(checkpoint)
+
+    monkeypatch.setattr("hf_fedsa.trainer.write_manifest", dying)
+    with pytest.raises(Interrupted):
+        make().train()
+    monkeypatch.undo()
+    assert written[0].is_dir()
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed.round_history) == 3
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_a_plain_run_after_a_failed_resume_starts_from_the_beginning(tmp_path, tokenizer, monkeypatch):
+    interrupted(tmp_path, tokenizer)
+    trainer = make_trainer(tmp_path, tokenizer, "waves")
+
+    def fail(checkpoint):
+        raise OSError("unreadable")
+
+    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", fail)
+    with pytest.raises(OSError, match="unreadable"):
+        trainer.train(resume_from_checkpoint=True)
+    monkeypatch.undo()
+    trainer.train()
+    assert [entry["round"] for entry in trainer.round_history] == [0, 1, 2]
+
+
+def test_skipping_no_data_on_resume_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`ignore_data_skip=True`"):
+        FederatedTrainer(
+            model="no/such/model",
+            args=make_args(tmp_path, ignore_data_skip=True),
+            train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
+            peft_config=make_lora(),
+        )
+
+
+def test_resuming_leaves_a_client_store_of_another_run_alone(tmp_path, tokenizer):
+    def make(name, clients):
+        return FederatedTrainer(
+            model=make_model(),
+            args=make_args(
+                tmp_path / name, save_strategy="epoch", num_rounds=1, client_store_dir=str(tmp_path / "store")
+            ),
+            train_dataset={client_id: make_rows(4, seed=0) for client_id in clients},
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+        )
+
+    make("mine", ["a", "b"]).train()
+    shutil.move(tmp_path / "store", tmp_path / "elsewhere")
+    make("other", ["x", "y"]).train()
+    before = fingerprint(tmp_path / "store")
+    with pytest.raises(ValueError, match="holds the clients of another run"):
+        make("mine", ["a", "b"]).train(resume_from_checkpoint=True)
+    assert fingerprint(tmp_path / "store") == before
+
+
+def test_clients_in_training_are_told_apart_within_use_client(tmp_path, tokenizer):
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if trainer._slot_of:
+                outside = {c: trainer.client_state_dict(c) for c in trainer.client_ids}
+                with trainer.use_client("client_2"), trainer.use_client("client_1"):
+                    inside = {c: trainer.client_state_dict(c) for c in trainer.client_ids}
+                    with trainer.use_client("client_0") as model:
+                        served = adapter_tensors(model, "default")
+                        assert max_difference(outside["client_0"], {k: served[k] for k in outside["client_0"]}) == 0
+                assert all(max_difference(outside[c], inside[c]) == 0 for c in trainer.client_ids)
+                looked.append(state.global_step)
+
+    looked = []
+    trainer = make_trainer(tmp_path, tokenizer, "side_by_side", [Look()])
+    trainer.train()
+    assert looked

@@ -5,11 +5,19 @@ import json
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
-from peft import PeftModel
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    Trainer,
+)
 
-from hf_fedsa import FederatedTrainer, load_personalized_model
+from hf_fedsa import FederatedMixin, FederatedTrainer, load_personalized_model
 from hf_fedsa.parameters import tensors_sha256
 
 
@@ -175,3 +183,60 @@ def test_a_client_store_of_another_run_is_not_overwritten(base_dir, tmp_path):
         second.train()
     assert {path: path.read_bytes() for path in files} == files
     first.train()
+
+
+def test_a_file_of_another_save_or_client_is_refused(base_dir, tmp_path, inputs):
+    train(base_dir, tmp_path, inputs)
+    first, second = (tmp_path / "clients" / name / "adapter_model.safetensors" for name in ("client_0", "client_1"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(ValueError, match="client_0.*another save or another client"):
+        load_personalized_model(tmp_path, "client_0")
+    load_personalized_model(tmp_path, "client_1")
+    (tmp_path / "federation.json").write_text("{")
+    with pytest.raises(ValueError, match="federation.json is damaged"):
+        load_personalized_model(tmp_path, "client_1")
+
+
+def test_a_base_with_an_adapter_is_refused(saved, base_dir):
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    load_personalized_model(saved[0].args.output_dir, "client_0", base_model=base)
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        load_personalized_model(saved[0].args.output_dir, "client_1", base_model=base)
+
+
+def test_the_base_is_loaded_in_the_dtype_of_training(tmp_path, inputs):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    trainer, logits = train(str(tmp_path / "base"), tmp_path / "out", inputs)
+    model = load_personalized_model(tmp_path / "out", "client_1")
+    with torch.no_grad():
+        assert (model(**inputs).logits - logits["client_1"]).abs().max() < 1e-5
+
+
+def test_a_classifier_loads_as_a_classifier(tmp_path, inputs):
+    config = make_model().config
+    config.num_labels = 4
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    rows = {f"client_{i}": Dataset.from_dict({"input_ids": [[5, 6, 7]] * 4, "labels": [0, 1, 2, 3]}) for i in range(2)}
+
+    class FederatedClassifier(FederatedMixin, Trainer):
+        pass
+
+    peft_config = make_lora(modules_to_save=["score"], task_type="SEQ_CLS")
+    trainer = FederatedClassifier(
+        model=get_peft_model(base, peft_config), args=make_args(tmp_path / "out"), train_dataset=rows
+    )
+    trainer.train()
+    trainer.save_model()
+    with trainer.use_client("client_1") as model, torch.no_grad():
+        expected = model.eval()(input_ids=inputs["input_ids"]).logits
+    model = load_personalized_model(tmp_path / "out", "client_1")
+    with torch.no_grad():
+        assert (model(input_ids=inputs["input_ids"]).logits - expected).abs().max() < 1e-5
+
+
+def test_clients_of_an_earlier_run_are_pointed_out(base_dir, tmp_path, inputs, caplog):
+    (tmp_path / "clients" / "gone").mkdir(parents=True)
+    train(base_dir, tmp_path, inputs)
+    assert "gone" in caplog.text
