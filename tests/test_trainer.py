@@ -1837,5 +1837,5 @@ class TestClassifier:
         assert len(logged(trainer, "eval_client_1_loss")) == 3
 
     def test_a_model_without_adapter_is_refused(self, make, data):
-        with pytest.raises(TypeError, match="without an adapter.*`PeftModel`"):
+        with pytest.raises(TypeError, match="without an adapter.*`peft.get_peft_model`"):
             make(data, model=make_classifier().unload())
