@@ -529,3 +529,48 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match="holds no whole checkpoint.*Call `train\\(\\)` without it"):
             trainer.train(resume_from_checkpoint=True)
         assert digests(output_dir) == before
+
+
+class TestPeftModel:
+    def build(self, tmp_path, tokenizer, rows, model):
+        return FederatedTrainer(
+            model=model, args=make_args(tmp_path / "out"), train_dataset=rows, processing_class=tokenizer
+        )
+
+    def test_one_whose_base_was_changed_by_its_initialisation(self, tmp_path, tokenizer, rows):
+        model = get_peft_model(make_model(), LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]))
+        with pytest.raises(ValueError, match="`init_lora_weights='pissa'`.*changed the base.*Pass the base model"):
+            self.build(tmp_path, tokenizer, rows, model)
+
+    def test_one_that_is_frozen(self, tmp_path, tokenizer, rows):
+        model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+        model.requires_grad_(False)
+        with pytest.raises(ValueError, match="no trainable parameter.*is_trainable=True"):
+            self.build(tmp_path, tokenizer, rows, model)
+
+    def test_one_that_is_ready_to_train_is_taken(self, tmp_path, tokenizer, rows):
+        model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+        assert self.build(tmp_path, tokenizer, rows, model).client_ids == ["client_0", "client_1"]
+
+
+def test_splits_in_place_of_clients(refuses):
+    refuses(
+        ValueError,
+        "`train_dataset` has the keys train, test",
+        "splits",
+        "Pass a split",
+        train_dataset={"train": make_rows(4, seed=0), "test": make_rows(4, seed=1)},
+    )
+
+
+def test_eval_clients_without_rows_are_left_out(tmp_path, tokenizer, rows):
+    empty = make_rows(1, seed=2).select([])
+    trainer = FederatedTrainer(
+        model=make_model(),
+        args=make_args(tmp_path / "out"),
+        train_dataset=rows,
+        eval_dataset={"client_0": make_rows(2, seed=3), "client_1": empty},
+        processing_class=tokenizer,
+        peft_config=make_lora(),
+    )
+    assert list(trainer.eval_dataset) == ["client_0"]
