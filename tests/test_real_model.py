@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_args, make_lora, max_difference
+from conftest import make_args, make_lora
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -76,6 +76,10 @@ def test_clients_learn_their_own_form_and_load_with_stock_peft(base, tmp_path):
             assert (model(**inputs).logits - expected).abs().max() < 1e-3
 
 
+def distance(first, second):
+    return sum(float((first[key] - second[key]).square().sum()) for key in first) ** 0.5
+
+
 def test_the_number_of_clients_side_by_side_does_not_change_a_qlora_run(base, tmp_path):
     shared = []
     for parallel in (1, 3):
@@ -83,5 +87,6 @@ def test_the_number_of_clients_side_by_side_does_not_change_a_qlora_run(base, tm
         start = trainer.shared_state_dict()
         trainer.train()
         shared.append(trainer.shared_state_dict())
-    # Slots are bf16 here, so a difference of one float in a gradient may flip a rounding of the weight.
-    assert max_difference(*shared) < 0.1 * max_difference(start, shared[0])
+    # Slots are bf16 here, so the last float of a gradient may flip the rounding of a weight, but only of a few.
+    differing = [distance(first, second) for first, second in (shared, (start, shared[0]))]
+    assert differing[0] < 0.1 * differing[1]
