@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,16 +204,18 @@ def _active_adapter(module: nn.Module, name: str) -> Iterator[None]:
             layer._active_adapter = adapter
 
 
+def take_rows(value: Any, start: int, count: int, total: int) -> Any:
+    """Rows `start` to `start + count` of a tensor with one entry for each of `total` rows; all else as it is."""
+    per_row = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total
+    return value[start : start + count] if per_row else value
+
+
 def _forward_by_client(module, original, x, names, counts, *args, **kwargs) -> torch.Tensor:
     """Runs each client's rows through the layer's own forward: right for every kind of layer, without the gain."""
     total, start = x.shape[0], 0
     outputs = []
     for name, count in zip(names, counts, strict=True):
-
-        def part(value, start=start, count=count):
-            per_row = isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total
-            return value[start : start + count] if per_row else value
-
+        part = functools.partial(take_rows, start=start, count=count, total=total)
         with _active_adapter(module, name):
             output = original(part(x), *map(part, args), **{key: part(value) for key, value in kwargs.items()})
         if not isinstance(output, torch.Tensor):

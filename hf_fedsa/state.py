@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -343,8 +342,3 @@ def newest_whole_checkpoint(output_dir: Path, warn: Callable[[str], None]) -> Pa
         else:
             return path
     return None
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copies a file, whole or not at all."""
-    _replace_atomically(target, lambda name: shutil.copyfile(source, name))

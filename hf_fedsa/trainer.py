@@ -43,7 +43,7 @@ from .parameters import clone_tensors, count_bytes
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
-from .slots import SlotRows, Slots, mutates_base
+from .slots import SlotRows, Slots, mutates_base, take_rows
 from .state import (
     STATE_FOLDER,
     CheckpointError,
@@ -1283,15 +1283,7 @@ def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tupl
     total = sum(count for _, count in slot_rows)
     start = 0
     for slot, count in slot_rows:
-        yield (
-            slot,
-            {
-                key: value[start : start + count]
-                if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == total
-                else value
-                for key, value in inputs.items()
-            },
-        )
+        yield slot, {key: take_rows(value, start=start, count=count, total=total) for key, value in inputs.items()}
         start += count
 
 

@@ -43,6 +43,15 @@ def vera():
 
 # 1. One client, nothing else: the weights of `SFTTrainer`.
 
+PLAIN = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
 
 @pytest.mark.parametrize("rows_per_step", [(2, 1), (2, 2)], ids=["batches", "accumulation"])
 @pytest.mark.parametrize("arguments", [SFTConfig, FederatedConfig])
@@ -54,12 +63,7 @@ def test_one_client_gives_the_weights_of_sft_trainer_bit_for_bit(tmp_path, token
         "gradient_accumulation_steps": accumulation,
         "num_train_epochs": 3,
         "learning_rate": 1e-2,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **PLAIN,
     }
     plain = SFTTrainer(
         model=make_model(),
@@ -89,12 +93,7 @@ def test_one_named_client_in_the_rounds_loop_gives_the_weights_of_sft_trainer(tm
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
+        **PLAIN,
     }
     plain = SFTTrainer(
         model=make_model(),

@@ -18,7 +18,6 @@ from hf_fedsa.state import (
     RunState,
     check_manifest,
     check_same_federation,
-    copy_file,
     file_sha256,
     newest_whole_checkpoint,
     validate_client_ids,
@@ -232,13 +231,11 @@ class TestAtomicFiles:
         "text": lambda path: write_text(path, "new"),
         "json": lambda path: write_json(path, {"new": 1}),
         "safetensors": lambda path: write_safetensors(path, make_tensors()),
-        "copy": lambda path: copy_file(path.parent.parent / "source", path),
     }
     all_writers = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
     @pytest.fixture
     def target(self, tmp_path):
-        (tmp_path / "source").write_bytes(b"new")
         path = tmp_path / "folder" / "file"
         path.parent.mkdir()
         path.write_bytes(b"old")
