@@ -2,7 +2,7 @@
 
 from .callbacks import FederatedCallback
 from .config import FederatedConfig
-from .hub import load_personalized_model
+from .hub import list_clients, load_personalized_model, push_federation
 from .partition import describe_partition, partition_by_column, partition_dirichlet, partition_iid
 from .peft_config import FedSALoraConfig, FedSAVeraConfig
 from .trainer import FederatedMixin, FederatedTrainer
@@ -17,8 +17,10 @@ __all__ = [
     "FederatedMixin",
     "FederatedTrainer",
     "describe_partition",
+    "list_clients",
     "load_personalized_model",
     "partition_by_column",
     "partition_dirichlet",
     "partition_iid",
+    "push_federation",
 ]

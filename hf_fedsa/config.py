@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from trl import SFTConfig
 
 # Adapters that train at the same time unless the user says otherwise. Four rows fill the wide matrix products of small
@@ -62,6 +62,23 @@ class FederatedConfig(SFTConfig):
         eval_unseen_clients (`bool`, *optional*, defaults to `False`):
             Whether `eval_dataset` may hold clients that never train. They are evaluated with the shared A and an
             untrained B. Off, such a client is an error.
+
+        > Hub
+
+        hub_clients (`list[str]`, *optional*):
+            Clients whose complete adapters are pushed: `"all"`, `"none"`, or their ids. It must be set to push a
+            federation, since these hold what a client never shared in training.
+        hub_client_repositories (`bool`, *optional*, defaults to `False`):
+            Whether the adapter of each of them goes to a repository of its own, `<hub_model_id>-<client_id>`, which is
+            always private. Off, they go to `clients/` in `hub_model_id`.
+        hub_name_clients (`bool`, *optional*, defaults to `False`):
+            Whether clients whose adapters are not in `hub_model_id` are named there, with their results. Off, they are
+            counted.
+        hub_base_model (`str`, *optional*):
+            Id of the base model on the Hub, where it was loaded from a local folder. `None` means the name it was
+            loaded by.
+
+    Unlike its parent, it creates repositories as private ones unless `hub_private_repo=False`.
     """
 
     num_rounds: int | None = field(
@@ -124,6 +141,30 @@ class FederatedConfig(SFTConfig):
         default=False,
         metadata={"help": "Whether eval_dataset may hold clients that never train. Off, such a client is an error."},
     )
+    hub_clients: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Clients whose complete adapters are pushed: all, none, or their ids. Must be set to push a "
+            "federation."
+        },
+    )
+    hub_client_repositories: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the adapter of each of them goes to a private repository of its own, "
+            "<hub_model_id>-<client_id>."
+        },
+    )
+    hub_name_clients: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether clients whose adapters are not in hub_model_id are named there. Off, only counted."
+        },
+    )
+    hub_base_model: str | None = field(
+        default=None,
+        metadata={"help": "Id of the base model on the Hub, where it was loaded from a local folder."},
+    )
 
     def __post_init__(self):
         for name in ("num_rounds", "local_steps", "local_epochs", "clients_per_round", "parallel_clients"):
@@ -153,6 +194,8 @@ class FederatedConfig(SFTConfig):
                 f"`fsdp={self.fsdp!r}` shards parameters over processes, but here each process trains clients of its "
                 "own. Leave it out; `bitsandbytes` quantization saves the memory instead."
             )
+        if isinstance(self.hub_clients, str):
+            self.hub_clients = [self.hub_clients]
         if self.num_rounds is not None:
             self.num_train_epochs = self.num_rounds
         super().__post_init__()
@@ -165,6 +208,11 @@ class FederatedConfig(SFTConfig):
             raise ValueError(
                 '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
                 "round ends."
+            )
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f'`hub_strategy="{self.hub_strategy.value}"` would upload checkpoints, which hold the B of every '
+                'client. Use "every_save", which uploads what `hub_clients` names, and keep the checkpoints here.'
             )
         if self.auto_find_batch_size:
             raise ValueError(

@@ -1,17 +1,40 @@
-"""What is saved of a federation, and how it is loaded again."""
+"""What is saved of a federation, what is pushed of it, and how it is loaded again."""
 
 import copy
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+)
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -22,11 +45,27 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .parameters import AdapterMethod, adapter_tensors, clone_tensors, tensors_sha256
+from .aggregation import weighted_mean
+from .model_card import make_model_card
+from .parameters import (
+    METHODS,
+    AdapterMethod,
+    adapter_shapes,
+    adapter_tensors,
+    classify,
+    clone_tensors,
+    tensors_sha256,
+)
 from .slots import mutates_base
-from .state import file_sha256, write_json, write_safetensors
+from .state import file_sha256, write_json, write_safetensors, write_text
 
 logger = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FEDERATION = "federation.json"
+ROUNDS = "rounds.jsonl"
+CARD = "README.md"
 
 # Class of the base model by the adapter's task. Adapters without a task are those of causal language models.
 _AUTO_CLASSES = {
@@ -37,46 +76,103 @@ _AUTO_CLASSES = {
     "FEATURE_EXTRACTION": AutoModel,
 }
 _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
+# Fields of an adapter's config that say nothing about the adapter, and those that mattered while it trained alone.
+_INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
+_OF_TRAINING = ("init_lora_weights", "init_weights", "lora_dropout", "vera_dropout")
 
 
-def save_federation(
-    directory: Path,
+# Saving
+
+
+def describe_federation(
     *,
     model: PeftModel,
     adapter_name: str,
     method: AdapterMethod,
     shared: Mapping[str, torch.Tensor],
-    client_ids: list[str],
-    client_tensors: Callable[[str], Mapping[str, torch.Tensor]],
-    initial_tensors: Mapping[str, torch.Tensor],
+    frozen: Mapping[str, torch.Tensor],
     summary: Mapping[str, Any],
-) -> None:
+) -> dict[str, Any]:
     """
-    Writes `shared/`, `clients/<client_id>/` and, last, `federation.json`.
+    Contents of `federation.json`, but for the hashes of the clients' files.
 
     Args:
-        directory (`Path`):
-            Folder to write to.
         model ([`~peft.PeftModel`]):
             Model the adapters belong to.
         adapter_name (`str`):
-            Adapter whose config, and whose frozen constants, are saved.
+            Adapter whose config is described.
         method ([`~hf_fedsa.parameters.AdapterMethod`]):
             Row of the adapter in the table of shared tensors.
         shared (`Mapping[str, torch.Tensor]`):
             The server's tensors.
-        client_ids (`list[str]`):
-            Clients to save.
-        client_tensors (`Callable[[str], Mapping[str, torch.Tensor]]`):
-            Complete adapter of a client. Asked one client at a time.
-        initial_tensors (`Mapping[str, torch.Tensor]`):
-            The adapter as initialised, which some initialisations subtracted from the base weight.
+        frozen (`Mapping[str, torch.Tensor]`):
+            The adapter's constants, such as VeRA's projections.
         summary (`Mapping[str, Any]`):
-            Further entries of `federation.json`.
+            Further entries.
     """
     config = _config_to_save(model, adapter_name)
-    every = clone_tensors(adapter_tensors(model, adapter_name))
-    frozen = {key: tensor for key, tensor in every.items() if key not in initial_tensors}
+    base = model.get_base_model()
+    name = config.base_model_name_or_path
+    on_hub = name if name and not os.path.isdir(name) else None
+    return {
+        **summary,
+        "hub_base_model": summary["hub_base_model"] or on_hub,
+        "method": method.name,
+        "task_type": _as_json(config.task_type),
+        "base_model": name,
+        "base_revision": getattr(base.config, "_commit_hash", None),
+        "base_dtype": str(base.dtype).removeprefix("torch."),
+        "quantized": getattr(base.config, "quantization_config", None) is not None,
+        "mutates_base": mutates_base(config),
+        "adapter": _adapter_summary(config),
+        "shared_tensors": list(method.shared),
+        "local_tensors": list(method.local),
+        "shared_sha256": tensors_sha256(shared),
+        "frozen_sha256": tensors_sha256(frozen) if frozen else None,
+        "num_clients": len(summary["clients"]),
+        "client_repositories": False,
+        "clients": {
+            client_id: {**entry, "path": f"clients/{client_id}"} for client_id, entry in summary["clients"].items()
+        },
+        "versions": {name: version(name) for name in _VERSIONED},
+    }
+
+
+def save_federation(
+    directory: Path,
+    federation: Mapping[str, Any],
+    rounds: Sequence[Mapping[str, Any]],
+    *,
+    model: PeftModel,
+    adapter_name: str,
+    shared: Mapping[str, torch.Tensor],
+    client_tensors: Callable[[str], Mapping[str, torch.Tensor]],
+    initial_tensors: Mapping[str, torch.Tensor],
+    frozen: Mapping[str, torch.Tensor],
+) -> None:
+    """
+    Writes `shared/`, `clients/<client_id>/`, `rounds.jsonl`, the model card and, last, `federation.json`.
+
+    Args:
+        directory (`Path`):
+            Folder to write to.
+        federation (`Mapping[str, Any]`):
+            What [`describe_federation`] returned. Its clients are saved.
+        rounds (`Sequence[Mapping[str, Any]]`):
+            One entry per finished round.
+        model ([`~peft.PeftModel`]), adapter_name (`str`):
+            Adapter whose config is saved.
+        shared (`Mapping[str, torch.Tensor]`):
+            The server's tensors.
+        client_tensors (`Callable[[str], Mapping[str, torch.Tensor]]`):
+            Complete adapter of a client, without its constants. Asked one client at a time.
+        initial_tensors (`Mapping[str, torch.Tensor]`):
+            The adapter as initialised, which some initialisations subtracted from the base weight.
+        frozen (`Mapping[str, torch.Tensor]`):
+            The adapter's constants.
+    """
+    config = _config_to_save(model, adapter_name)
+    client_ids = list(federation["clients"])
     _write_adapter(directory / "shared", config, shared)
     saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
     if others := sorted(saved - set(client_ids)):
@@ -85,122 +181,29 @@ def save_federation(
             directory / "clients",
             ", ".join(others),
         )
-    files = {}
+    entries = {}
     for client_id in client_ids:
         tensors, client_config = {**client_tensors(client_id), **frozen}, config
         if mutates_base(config):
             client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
         path = _write_adapter(directory / "clients" / client_id, client_config, tensors)
-        files[client_id] = file_sha256(path)
-    federation = {
-        **summary,
-        "method": method.name,
-        "base_model": config.base_model_name_or_path,
-        "base_dtype": str(model.get_base_model().dtype).removeprefix("torch."),
-        "quantized": getattr(model.get_base_model().config, "quantization_config", None) is not None,
-        "shared_tensors": list(method.shared),
-        "local_tensors": list(method.local),
-        "shared_sha256": tensors_sha256(shared),
-        "versions": {name: version(name) for name in _VERSIONED},
-    }
-    federation["clients"] = {
-        client_id: {**entry, "sha256": files[client_id]} for client_id, entry in summary["clients"].items()
-    }
-    write_json(directory / "federation.json", federation)
+        entries[client_id] = {**federation["clients"][client_id], "sha256": file_sha256(path)}
+    complete = {**federation, "clients": entries}
+    write_text(directory / ROUNDS, _jsonl(rounds))
+    write_text(directory / CARD, make_model_card(complete, rounds, repo_id=None))
+    write_json(directory / FEDERATION, complete)
 
 
-def load_personalized_model(
-    path: str | Path,
-    client_id: str,
-    *,
-    base_model: PreTrainedModel | str | None = None,
-    merge: bool = False,
-    **kwargs,
-) -> PreTrainedModel | PeftModel:
-    """
-    Loads the base model with one client's adapter.
-
-    Args:
-        path (`str` or `Path`):
-            Folder written by `trainer.save_model()`.
-        client_id (`str`):
-            Client to load.
-        base_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
-            Base to put the adapter on: a loaded model, which is changed in place, or the name or folder of one. If
-            `None`, the one it was trained on.
-        merge (`bool`, *optional*, defaults to `False`):
-            Whether to merge the adapter into the base weights and return a plain model.
-        kwargs:
-            Passed to the base model's `from_pretrained`, e.g. `quantization_config` or `device_map`. `dtype` defaults
-            to that of training; quantization is only what you pass.
-
-    Returns:
-        [`~peft.PeftModel`], or a [`~transformers.PreTrainedModel`] if `merge` is set, ready for inference.
-
-    Raises:
-        `FileNotFoundError`: the folder is not one that a federation was saved to.
-        `ValueError`: there is no such client (the message lists the ones there are), its file is not the one that was
-            saved, or the base cannot take it.
-
-    Example:
-
-    ```python
-    >>> model = load_personalized_model("gsm8k-fedsa", client_id="client_1")
-    ```
-    """
-    directory = Path(path)
-    federation = read_federation(directory)
-    if client_id not in federation["clients"]:
-        raise ValueError(
-            f"{directory} holds no client {client_id!r}. Its clients are: {', '.join(federation['clients'])}."
-        )
-    folder = directory / "clients" / client_id
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file() or file_sha256(weights) != federation["clients"][client_id]["sha256"]:
-        raise ValueError(
-            f"{weights} is missing or is not the file that {directory / 'federation.json'} lists, so it may belong to "
-            "another save or another client. Save the federation again."
-        )
-    if base_model is None:
-        if not federation["base_model"]:
-            raise ValueError(
-                f"{directory} does not name its base model, since it was built in memory. Pass it as `base_model`."
-            )
-        base_model = federation["base_model"]
-    if isinstance(base_model, str):
-        kwargs.setdefault("dtype", federation["base_dtype"])
-        if federation["quantized"] and "quantization_config" not in kwargs:
-            logger.info(
-                "The base model was quantized in training and is not now. Pass `quantization_config` to have it."
-            )
-        task = PeftConfig.from_pretrained(str(folder)).task_type
-        base_model = _AUTO_CLASSES.get(task, AutoModelForCausalLM).from_pretrained(base_model, **kwargs)
-    elif kwargs:
-        raise ValueError(
-            f"`base_model` is already loaded, so {', '.join(f'`{name}`' for name in kwargs)} cannot apply to it. Pass "
-            "its name instead, or leave them out."
-        )
-    if any(isinstance(module, BaseTunerLayer) for module in base_model.modules()):
-        raise ValueError(
-            "`base_model` already carries an adapter. Take it out with `unload()` first, or add this one to that "
-            f"`PeftModel` with `load_adapter({str(folder)!r}, adapter_name=...)`."
-        )
-    model = PeftModel.from_pretrained(base_model, str(folder))
-    return model.merge_and_unload() if merge else model.eval()
-
-
-def read_federation(directory: Path) -> dict[str, Any]:
-    """Reads `federation.json`. Raises `FileNotFoundError` where there is none."""
-    path = directory / "federation.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no federation: {path.name} is missing. Pass the folder that `trainer.save_model()` "
-            "wrote."
-        )
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Save the federation again.") from error
+def save_processing_class(processing_class: Any, directory: Path) -> list[str]:
+    """Saves a tokenizer or processor, each file whole or not at all, and returns the names of the files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".processing.") as scratch:
+        processing_class.save_pretrained(scratch)
+        names = sorted(path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file())
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(scratch) / name, directory / name)
+    return names
 
 
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:
@@ -211,11 +214,31 @@ def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:
     return config
 
 
+def _as_json(value: Any) -> Any:
+    """A config value as JSON holds it. Sets are sorted, so that equal configs are equal files."""
+    if isinstance(value, set):
+        return sorted(value)
+    return getattr(value, "value", value)
+
+
+def _config_dict(config: PeftConfig) -> dict[str, Any]:
+    return {key: _as_json(value) for key, value in config.to_dict().items()}
+
+
+def _adapter_summary(config: PeftConfig) -> dict[str, Any]:
+    """The settings of an adapter worth reading, without those left at their defaults."""
+    plain = _config_dict(type(config)())
+    return {
+        key: value
+        for key, value in _config_dict(config).items()
+        if key not in _INCIDENTAL and (value != plain[key] or key in ("r", "lora_alpha"))
+    }
+
+
 def _write_adapter(directory: Path, config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "adapter_model.safetensors"
+    path = directory / WEIGHTS
     write_safetensors(path, tensors)
-    config.save_pretrained(str(directory))
+    write_json(directory / CONFIG, _config_dict(config))
     return path
 
 
@@ -244,3 +267,888 @@ def _as_plain_lora(
     plain.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
     plain.alpha_pattern = {name: growth * alpha for name, alpha in (config.alpha_pattern or {}).items()}
     return plain, doubled
+
+
+def _jsonl(rounds: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in rounds)
+
+
+# Publishing
+
+
+def choose_clients(choice: str | Sequence[str] | None, client_ids: Sequence[str]) -> list[str]:
+    """
+    Resolves what the user said about publishing clients' adapters.
+
+    Args:
+        choice (`str` or `Sequence[str]`, *optional*):
+            `"all"`, `"none"`, or ids.
+        client_ids (`Sequence[str]`):
+            The clients there are.
+
+    Raises:
+        `ValueError`: nothing was said, or a client does not exist.
+    """
+    if choice is None:
+        raise ValueError(
+            "`hub_clients` is not set. A client's adapter holds what it never shared in training, so nothing of it is "
+            f'uploaded unless you say so: pass "all" to publish the adapters of all {len(client_ids)} clients, a list '
+            'of client ids, or "none" to publish the shared tensors alone.'
+        )
+    names = [choice] if isinstance(choice, str) else list(choice)
+    if ambiguous := sorted({"all", "none"} & set(client_ids) & set(names)):
+        raise ValueError(
+            f"`hub_clients={choice!r}` could mean the client called {ambiguous[0]!r}. Rename that client, or list "
+            "others."
+        )
+    if names == ["all"]:
+        return list(client_ids)
+    if names in (["none"], []):
+        return []
+    if unknown := [name for name in names if name not in client_ids]:
+        raise ValueError(
+            f"`hub_clients` names {unknown[0]!r}, which is not a client. The clients are: {', '.join(client_ids)}."
+        )
+    return [client_id for client_id in client_ids if client_id in names]
+
+
+def check_repository(
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    model: PeftModel | None = None,
+    hub_base_model: str | None = None,
+) -> None:
+    """
+    Checks before training that a repository can be pushed to after it.
+
+    Args:
+        repo_id, private, token, revision:
+            See [`push_federation`].
+        model ([`~peft.PeftModel`], *optional*):
+            Model whose adapter would be pushed. Without it, only the permissions are checked.
+        hub_base_model (`str`, *optional*):
+            Id of the base model, where it was loaded from a local folder.
+
+    Raises:
+        `ValueError`: the repository is public, or holds another model or a federation of another kind.
+        [`~huggingface_hub.errors.HfHubHTTPError`]: the token may not write to it.
+    """
+    api = _api(token)
+    repo_id = _full_name(api, repo_id)
+    remote = _Remote.read(api, repo_id, revision=revision, private=private)
+    if remote is None:
+        api.create_repo(repo_id, private=private is not False, exist_ok=True)
+    elif model is None:
+        api.auth_check(repo_id, write=True)
+    elif remote.federation is not None:
+        config = _config_to_save(model, model.active_adapter)
+        if mutates_base(config):
+            return  # It is saved in another form, which the repository's is compared to then.
+        name = config.base_model_name_or_path
+        base_model = hub_base_model or (name if name and not os.path.isdir(name) else None)
+        _check_same_adapter(base_model, _config_dict(config), remote, repo_id)
+
+
+def _api(token: str | None) -> HfApi:
+    return HfApi(token=token, library_name="hf_fedsa", library_version=version("hf_fedsa"))
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id={repo_id!r}` cannot name a repository; a `commit_message` can. {error}") from error
+    return repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+
+
+def push_federation(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    clients: str | Sequence[str],
+    client_repositories: bool = False,
+    name_clients: bool = False,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+    commit_message: str = "Push federation",
+) -> CommitInfo:
+    """
+    Publishes a federation that `trainer.save_model()` wrote, as one commit.
+
+    Files that the repository already has are not sent again. Clients of the repository that this federation does not
+    know, such as newcomers, stay: if A has changed, they are given the new one, as clients that sit out a round are.
+
+    Args:
+        directory (`str` or `Path`):
+            Folder to publish. Nothing else in it is read or sent.
+        repo_id (`str`):
+            Repository. It is created if it does not exist.
+        clients (`str` or `Sequence[str]`):
+            Clients whose adapters are published: `"all"`, `"none"`, or their ids. Those published earlier and not
+            chosen now are deleted from the branch, though not from its history.
+        client_repositories (`bool`, *optional*, defaults to `False`):
+            Whether each of them goes to a repository of its own, `<repo_id>-<client_id>`, which is always private.
+        name_clients (`bool`, *optional*, defaults to `False`):
+            Whether the clients that are not published in `repo_id` are named in it. Off, they are counted.
+        private (`bool`, *optional*):
+            Whether `repo_id` is private. `None` creates it so, and refuses one that is public.
+        token (`str`, *optional*):
+            Token with write permission. Defaults to the one logged in with.
+        revision (`str`, *optional*):
+            Branch to commit to.
+        commit_message (`str`, *optional*, defaults to `"Push federation"`):
+            Message of the commit.
+
+    Returns:
+        [`~huggingface_hub.CommitInfo`]: the commit to `repo_id`, or its last one if nothing has changed.
+
+    Raises:
+        `ValueError`: the folder is not whole, or the repository is public, or holds something else: another model, or
+            a federation with another base, adapter or A.
+        [`~huggingface_hub.errors.HfHubHTTPError`]: the Hub refused, e.g. for want of permission.
+    """
+    saved = _Saved.read(Path(directory))
+    chosen = choose_clients(clients, list(saved.federation["clients"]))
+    api = _api(token)
+    repo_id = _full_name(api, repo_id)
+    repositories = {client_id: f"{repo_id}-{client_id}" for client_id in chosen} if client_repositories else {}
+    for name in repositories.values():
+        validate_repo_id(name)
+    if not saved.federation["hub_base_model"]:
+        logger.warning(
+            "The base model %r is a local folder, so others cannot find it by its name, and the name is left out of "
+            "what is pushed. Set `hub_base_model` to its id on the Hub.",
+            saved.federation["base_model"],
+        )
+    _Remote.read(api, repo_id, revision=revision, private=private)  # What cannot work is refused before any upload.
+    for client_id, name in repositories.items():
+        remote = _Remote.read(api, name, revision=revision, private=True)
+        files = saved.client_repository_files(client_id, repo_id=name)
+        _commit(api, name, files, remote=remote, private=True, revision=revision, message=commit_message)
+    attempts = 3
+    while True:
+        remote = _Remote.read(api, repo_id, revision=revision, private=private)
+        files, deleted = saved.files(
+            repo_id=repo_id,
+            published=[] if client_repositories else chosen,
+            name_clients=name_clients,
+            client_repositories=client_repositories,
+            remote=remote,
+        )
+        try:
+            return _commit(
+                api,
+                repo_id,
+                files,
+                deleted=deleted,
+                remote=remote,
+                private=private is not False,
+                revision=revision,
+                message=commit_message,
+            )
+        except HfHubHTTPError as error:
+            # Someone else, e.g. a newcomer, has pushed since the repository was read, so there is more to join.
+            attempts -= 1
+            if error.response.status_code != 412 or attempts == 0:
+                raise
+
+
+def _commit(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, bytes | Path],
+    *,
+    remote: "_Remote | None",
+    private: bool,
+    revision: str | None,
+    message: str,
+    deleted: Sequence[str] = (),
+) -> CommitInfo:
+    if remote is None:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+    operations = [
+        *(CommitOperationDelete(path_in_repo=f"{folder}/", is_folder=True) for folder in deleted),
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
+    ]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=message,
+        revision=revision,
+        parent_commit=remote.head if remote is not None else None,
+    )
+
+
+@dataclass
+class _Remote:
+    """What a repository holds at the head of a branch."""
+
+    head: str
+    federation: dict[str, Any] | None = None
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    fetch: Callable[[str], Path] | None = None
+
+    @classmethod
+    def read(cls, api: HfApi, repo_id: str, *, revision: str | None, private: bool | None) -> "_Remote | None":
+        """Returns `None` if the repository does not exist. Raises `ValueError` if it must not be written to."""
+        try:
+            info = api.repo_info(repo_id, revision=revision)
+        except RepositoryNotFoundError:
+            return None
+        if not info.private and private is not False:
+            raise ValueError(
+                f"The repository {repo_id} exists and is public. Make it private, choose another one, or say that it "
+                "is to be public: `hub_private_repo=False` (`private=False`)."
+            )
+        paths = {sibling.rfilename for sibling in info.siblings}
+        if FEDERATION not in paths:
+            if models := sorted(path for path in paths if path.endswith(("config.json", ".safetensors", ".bin"))):
+                raise ValueError(
+                    f"The repository {repo_id} exists and is not a federation: it holds {models[0]} and no "
+                    f"{FEDERATION}. Choose another name."
+                )
+            return cls(info.sha)
+
+        def fetch(name: str) -> Path:
+            return Path(hf_hub_download(repo_id, name, revision=info.sha, token=api.token))
+
+        federation = _read_json(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
+        rounds = _read_rounds(fetch(ROUNDS)) if ROUNDS in paths else []
+        config_path = f"shared/{CONFIG}"
+        config = _read_json(fetch(config_path), config_path) if config_path in paths else {}
+        return cls(info.sha, federation, rounds, config, fetch)
+
+
+@dataclass
+class _Saved:
+    """A federation in a folder, whose files are those that its `federation.json` lists."""
+
+    directory: Path
+    federation: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    shared: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, directory: Path) -> "_Saved":
+        federation = read_federation(directory)
+        rounds = _read_rounds(directory / ROUNDS)
+        shared = _load_checked(directory / "shared" / WEIGHTS)
+        if tensors_sha256(shared) != federation["shared_sha256"]:
+            raise ValueError(_MIXTURE.format(path=directory / "shared" / WEIGHTS))
+        for entry in federation["clients"].values():
+            path = directory / entry["path"] / WEIGHTS
+            if not path.is_file() or file_sha256(path) != entry["sha256"]:
+                raise ValueError(_MIXTURE.format(path=path))
+        return cls(directory, federation, rounds, shared)
+
+    def files(
+        self,
+        *,
+        repo_id: str,
+        published: Sequence[str],
+        name_clients: bool,
+        client_repositories: bool,
+        remote: _Remote | None,
+    ) -> tuple[dict[str, bytes | Path], list[str]]:
+        """What the repository is to hold, and the folders to delete from it."""
+        files: dict[str, bytes | Path] = {name: self.directory / name for name in self.federation["processing_files"]}
+        files |= self._adapter_files("shared", "shared")
+        for client_id in published:
+            path = self.federation["clients"][client_id]["path"]
+            files |= self._adapter_files(path, path)
+        if self.federation["root_adapter"] and published:
+            files |= self._adapter_files("", "")
+        names = list(self.federation["clients"]) if name_clients else published
+        federation = self._published_federation(names, published, client_repositories)
+        rounds = _only_named(self.rounds, set(names))
+        deleted: list[str] = []
+        if remote is not None and remote.federation is not None:
+            federation, rounds, carried = self._join(federation, rounds, remote, repo_id)
+            files |= carried
+            deleted = [
+                entry["path"]
+                for client_id, entry in remote.federation["clients"].items()
+                if client_id in self.federation["clients"] and client_id not in published and entry.get("path")
+            ]
+            if deleted:
+                logger.warning(
+                    "%s no longer publishes %s. Earlier revisions of it still do: delete the repository, or squash "
+                    "its history, to take them back.",
+                    repo_id,
+                    ", ".join(deleted),
+                )
+        files |= _descriptions(federation, rounds, repo_id)
+        return files, deleted
+
+    def client_repository_files(self, client_id: str, repo_id: str) -> dict[str, bytes | Path]:
+        """What a client's own repository is to hold."""
+        federation = self._published_federation([client_id], [client_id], client_repositories=False)
+        entry = {**federation["clients"][client_id], "path": ""}
+        federation = {**federation, "clients": {client_id: entry}}
+        path = self.federation["clients"][client_id]["path"]
+        rounds = _only_named(self.rounds, {client_id})
+        return {**self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
+
+    def _adapter_files(self, source: str, target: str) -> dict[str, bytes | Path]:
+        config = _read_json(self.directory / source / CONFIG, CONFIG)
+        # A local folder's name means nothing to others, and may say more than its owner wants to.
+        config["base_model_name_or_path"] = self.federation["hub_base_model"]
+        return {
+            _join_path(target, CONFIG): _json_bytes(config),
+            _join_path(target, WEIGHTS): self.directory / source / WEIGHTS,
+        }
+
+    def _published_federation(
+        self, names: Sequence[str], published: Sequence[str], client_repositories: bool
+    ) -> dict[str, Any]:
+        entries = {}
+        for client_id in names:
+            entry = self.federation["clients"][client_id]
+            here = client_id in published
+            entries[client_id] = entry if here else {**entry, "path": None, "sha256": None}
+        return {
+            **self.federation,
+            "base_model": self.federation["hub_base_model"],
+            "client_repositories": client_repositories,
+            "clients": entries,
+        }
+
+    def _join(
+        self, federation: dict[str, Any], rounds: list[dict[str, Any]], remote: _Remote, repo_id: str
+    ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bytes | Path]]:
+        """
+        Joins this federation with what the repository holds.
+
+        Returns:
+            `federation.json`, `rounds.jsonl`, and, where A has changed, files of clients known there alone.
+        """
+        there = remote.federation
+        config = _read_json(self.directory / "shared" / CONFIG, CONFIG)
+        _check_same_adapter(federation["base_model"], config, remote, repo_id)
+        # Not the clients of a federation that was trained anew: their B would be joined with an A they never saw.
+        lineage = {self.federation["initial_shared_sha256"], *(entry["shared_sha256"] for entry in self.rounds)}
+        descends = there["shared_sha256"] in lineage
+        others = {c: entry for c, entry in there["clients"].items() if c not in self.federation["clients"]}
+        newcomer = self.federation["origin"] is not None
+        if (others or newcomer) and not descends:
+            what = f"clients that this federation does not know ({', '.join(others)})" if others else "a federation"
+            raise ValueError(
+                f"{repo_id} holds {what}, with an A that this one was not trained from. Start again from what is "
+                "there now (`FederatedTrainer.from_shared`), or push to another repository."
+            )
+        carried: dict[str, bytes | Path] = {}
+        if there["shared_sha256"] != self.federation["shared_sha256"]:
+            for client_id, entry in others.items():
+                if entry.get("path"):
+                    carried |= self._with_new_shared(client_id, entry, remote)
+        known = set(there["clients"])
+        if newcomer:
+            seen = {there["shared_sha256"], *(entry["shared_sha256"] for entry in remote.rounds)}
+            added = [entry for entry in rounds if entry["shared_sha256"] not in seen]
+            rounds = remote.rounds + [{**entry, "round": len(remote.rounds) + i} for i, entry in enumerate(added)]
+            federation = {
+                **there,
+                "shared_sha256": federation["shared_sha256"],
+                "rounds_done": there["rounds_done"] + len(added),
+                "clients": {**there["clients"], **federation["clients"]},
+                "num_clients": there["num_clients"] + len(set(federation["clients"]) - known),
+            }
+        else:
+            federation = {
+                **federation,
+                "clients": {**federation["clients"], **others},
+                "num_clients": federation["num_clients"] + len(others),
+            }
+        return federation, rounds, carried
+
+    def _with_new_shared(self, client_id: str, entry: dict[str, Any], remote: _Remote) -> dict[str, bytes | Path]:
+        """A client's complete adapter with this federation's A in place of the one it had. Updates its `entry`."""
+        if self.federation["mutates_base"]:
+            raise ValueError(
+                f"The repository also holds the client {client_id!r}, whose adapter cannot be given the new A: "
+                f"`init_lora_weights` changed the base weights. Push to another repository."
+            )
+        path = remote.fetch(_join_path(entry["path"], WEIGHTS))
+        if file_sha256(path) != entry["sha256"]:
+            raise ValueError(_MIXTURE.format(path=path))
+        tensors = _load_checked(path)
+        if wrong := [key for key, new in self.shared.items() if key not in tensors or tensors[key].shape != new.shape]:
+            raise ValueError(
+                f"The adapter of the client {client_id!r} in the repository has no `{wrong[0]}` of the shape it has "
+                "here, so it was made for another base model. Push to another repository."
+            )
+        tensors |= {key: new.to(tensors[key].dtype) for key, new in self.shared.items()}
+        content = to_safetensors(tensors, metadata={"format": "pt"})
+        entry["sha256"] = sha256(content).hexdigest()
+        files: dict[str, bytes | Path] = {_join_path(entry["path"], WEIGHTS): content}
+        if remote.federation["root_adapter"]:
+            files[WEIGHTS] = content
+        return files
+
+
+def _only_named(rounds: Iterable[Mapping[str, Any]], names: set[str]) -> list[dict[str, Any]]:
+    """Rounds in which clients outside of `names` are counted, not named, and their numbers left to the mean."""
+    only = []
+    for entry in rounds:
+        losses = list(entry["losses"].values())
+        public: dict[str, Any] = {"num_clients": len(losses), "loss": sum(losses) / len(losses), **entry}
+        clients = set(entry["clients"])
+        for key, value in entry.items():
+            if isinstance(value, Mapping) and value.keys() <= clients:
+                public[key] = {client_id: number for client_id, number in value.items() if client_id in names}
+            elif isinstance(value, list):
+                public[key] = [client_id for client_id in value if client_id in names]
+        only.append(public)
+    return only
+
+
+def _descriptions(
+    federation: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], repo_id: str
+) -> dict[str, bytes | Path]:
+    return {
+        FEDERATION: _json_bytes(federation),
+        ROUNDS: _jsonl(rounds).encode(),
+        CARD: make_model_card(federation, rounds, repo_id).encode(),
+    }
+
+
+def _check_same_adapter(base_model: str | None, config: Mapping[str, Any], remote: _Remote, repo_id: str) -> None:
+    ours, theirs = _comparable(config), _comparable(remote.config)
+    if base_model and remote.federation["base_model"]:
+        ours["base_model"], theirs["base_model"] = base_model, remote.federation["base_model"]
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise ValueError(
+                f"The repository {repo_id} holds a federation of another kind: its `{key}` is {theirs.get(key)!r}, "
+                f"this one's is {ours.get(key)!r}. Push to another repository."
+            )
+
+
+def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in (*_INCIDENTAL, *_OF_TRAINING)}
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _join_path(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _read_rounds(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# Loading
+
+
+def list_clients(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> list[str]:
+    """
+    Lists the clients that can be loaded from a federation.
+
+    Args:
+        source, revision, subfolder, token, cache_dir, local_files_only:
+            See [`load_personalized_model`].
+
+    Returns:
+        `list[str]`: their ids. Empty if only the shared tensors were published, or if each client has a repository of
+        its own and is not named in this one.
+    """
+    origin = _Source(source, revision, subfolder, token, cache_dir, local_files_only).open()
+    federation = origin.federation
+    return [
+        client_id
+        for client_id, entry in federation["clients"].items()
+        if entry["path"] is not None or federation["client_repositories"]
+    ]
+
+
+def load_personalized_model(
+    source: str | Path,
+    client_id: str | Sequence[str],
+    *,
+    base_model: PreTrainedModel | PeftModel | str | None = None,
+    merge: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    **kwargs,
+) -> PreTrainedModel | PeftModel:
+    """
+    Loads the base model with the adapter of one client, or of several.
+
+    Adapters are named after their clients, so that `model.set_adapter("client_2")` switches to another one that is
+    loaded. (An id that PEFT cannot take for a name, e.g. one with a dot, is changed; calling this function again with
+    the model as `base_model` switches too, whatever the id.)
+
+    Args:
+        source (`str` or `Path`):
+            Repository on the Hub, or folder written by `trainer.save_model()`.
+        client_id (`str` or `Sequence[str]`):
+            Client to load. Several are loaded side by side, and the first one is active.
+        base_model ([`~transformers.PreTrainedModel`], [`~peft.PeftModel`] or `str`, *optional*):
+            Base to put the adapter on: a loaded model, which is changed in place, or the name or folder of one. A
+            model that this function returned takes the client as one more adapter. If `None`, the base is the one that
+            the adapters were trained on.
+        merge (`bool`, *optional*, defaults to `False`):
+            Whether to merge the adapter into the base weights and return a plain model, e.g. for export.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the repository. A and all B of a federation are those of one commit.
+        subfolder (`str`, *optional*):
+            Folder of the federation within `source`.
+        token (`str` or `bool`, *optional*):
+            Token for private repositories. Defaults to the one logged in with.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder for downloads. Defaults to the Hub's cache.
+        local_files_only (`bool`, *optional*, defaults to `False`):
+            Whether to look in the cache alone.
+        kwargs:
+            Passed to the base model's `from_pretrained`, e.g. `quantization_config` or `device_map`. `dtype` defaults
+            to that of training; quantization is only what you pass.
+
+    Returns:
+        [`~peft.PeftModel`], or a [`~transformers.PreTrainedModel`] if `merge` is set, ready for inference.
+
+    Raises:
+        `FileNotFoundError`: there is no federation at `source`.
+        `ValueError`: there is no such client (the message lists the ones there are), its file is not the one that was
+            saved, or the base cannot take it. The base is then as it was.
+        [`~huggingface_hub.errors.RepositoryNotFoundError`]: the repository does not exist, or `token` may not read it.
+
+    Example:
+
+    ```python
+    >>> model = load_personalized_model("me/gsm8k-fedsa", client_id="client_1")
+    >>> model = load_personalized_model("me/gsm8k-fedsa", client_id="client_2", base_model=model)
+    >>> model.set_adapter("client_1")
+    ```
+    """
+    client_ids = [client_id] if isinstance(client_id, str) else list(client_id)
+    if not client_ids:
+        raise ValueError("`client_id` is an empty list. Pass a client id, or several.")
+    if merge and len(client_ids) > 1:
+        raise ValueError(f"`merge=True` makes one plain model, but `client_id` names {len(client_ids)} clients.")
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    origin = _Source(source, revision, subfolder, **hub).open()
+    adapters = {client_id: origin.adapter(client_id) for client_id in client_ids}
+    if base_model is None:
+        base_model = origin.base_model()
+        kwargs.setdefault("revision", origin.federation["base_revision"])
+    if isinstance(base_model, str):
+        base_model = _load_base(base_model, origin.federation, adapters[client_ids[0]], {**hub, **kwargs})
+    elif kwargs:
+        raise ValueError(
+            f"`base_model` is already loaded, so {', '.join(f'`{name}`' for name in kwargs)} cannot apply to it. Pass "
+            "its name instead, or leave them out."
+        )
+    model = base_model
+    for client_id, adapter in adapters.items():
+        model = _add_adapter(model, adapter, client_id)
+    model.set_adapter(_adapter_name(model, client_ids[0]))
+    return model.merge_and_unload() if merge else model.eval()
+
+
+def read_federation(directory: Path) -> dict[str, Any]:
+    """Reads `federation.json`. Raises `FileNotFoundError` where there is none."""
+    path = directory / FEDERATION
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} holds no federation: {path.name} is missing. Pass a folder that `trainer.save_model()` "
+            "wrote, or a repository that `trainer.push_to_hub()` wrote."
+        )
+    return _read_json(path, str(path))
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged ({error}). Save the federation again.") from error
+
+
+_MIXTURE = (
+    f"{{path}} is missing or is not the file that {FEDERATION} lists, so it may belong to another save or another "
+    "client. Save the federation again."
+)
+
+
+def _load_checked(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}). Files of another kind, such as pickles, are not opened."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """A client's adapter on this machine."""
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a federation is: a folder, or a repository at a revision."""
+
+    location: str | Path
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.location, Path) or os.path.isdir(self.location)
+
+    def fetch(self, name: str) -> Path | None:
+        """Path of a file on this machine, or `None` if the source does not have it."""
+        name = _join_path(self.subfolder or "", name)
+        if self.is_local:
+            path = Path(self.location) / name
+            return path if path.is_file() else None
+        try:
+            path = hf_hub_download(
+                self.location,
+                name,
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+            )
+        except RemoteEntryNotFoundError:
+            return None
+        except RepositoryNotFoundError as error:
+            error.append_to_message(f"\nNor is there a folder {str(self.location)!r} on this machine.")
+            raise
+        except HFValidationError as error:
+            raise FileNotFoundError(
+                f"{str(self.location)!r} is neither a folder nor the id of a repository ({error})."
+            ) from error
+        return Path(path)
+
+    def open(self) -> "_Origin":
+        """Reads `federation.json` and stays with the commit it was found in, so that all files are of one push."""
+        path = self.fetch(FEDERATION)
+        if path is None:
+            place = _join_path(str(self.location), self.subfolder or "").rstrip("/")
+            raise FileNotFoundError(
+                f"{place} holds no federation: {FEDERATION} is missing. Pass a folder that `trainer.save_model()` "
+                "wrote, or a repository that `trainer.push_to_hub()` wrote."
+            )
+        federation = _read_json(path, str(path))
+        if self.is_local:
+            return _Origin(self, federation)
+        # In the Hub's cache, files lie under `snapshots/<commit>/`.
+        parts = path.parts
+        commit = parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
+        return _Origin(replace(self, revision=commit), federation)
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """A federation that was found."""
+
+    source: _Source
+    federation: dict[str, Any]
+
+    def base_model(self) -> str:
+        if not self.federation["base_model"]:
+            raise ValueError(
+                f"{self.source.location} does not name its base model, since it was built in memory or is not on the "
+                "Hub. Pass it as `base_model`."
+            )
+        return self.federation["base_model"]
+
+    def adapter(self, client_id: str) -> _Adapter:
+        """A client's complete adapter, checked against `federation.json`."""
+        clients = self.federation["clients"]
+        entry = clients.get(client_id, {})
+        if entry.get("path") is None:
+            if self.federation["client_repositories"] and not self.source.is_local:
+                return self._from_client_repository(client_id)
+            available = [name for name, other in clients.items() if other.get("path") is not None]
+            raise ValueError(
+                f"{self.source.location} holds no client {client_id!r}. Its clients are: "
+                f"{', '.join(available) or 'none, only the shared tensors were published'}."
+            )
+        return self.read_adapter(entry["path"], entry["sha256"])
+
+    def _from_client_repository(self, client_id: str) -> _Adapter:
+        source = replace(self.source, location=f"{self.source.location}-{client_id}", revision=None, subfolder=None)
+        try:
+            return source.open().adapter(client_id)
+        except RepositoryNotFoundError as error:
+            raise ValueError(
+                f"The clients of {self.source.location} have private repositories of their own. There is no "
+                f"{source.location}, or this token may not read it."
+            ) from error
+
+    def read_adapter(self, path: str, expected: str | None) -> _Adapter:
+        config, weights = self.source.fetch(_join_path(path, CONFIG)), self.source.fetch(_join_path(path, WEIGHTS))
+        if config is None or weights is None or (expected is not None and file_sha256(weights) != expected):
+            place = _join_path(str(self.source.location), _join_path(path, WEIGHTS if config else CONFIG))
+            raise ValueError(_MIXTURE.format(path=place))
+        return _Adapter(weights.parent, PeftConfig.from_pretrained(str(config.parent)), _load_checked(weights))
+
+
+def _load_base(name: str, federation: Mapping[str, Any], adapter: _Adapter, kwargs: dict[str, Any]) -> PreTrainedModel:
+    kwargs.setdefault("dtype", federation["base_dtype"])
+    if federation["quantized"] and "quantization_config" not in kwargs:
+        logger.info("The base model was quantized in training and is not now. Pass `quantization_config` to have it.")
+    kind = _AUTO_CLASSES.get(_as_json(adapter.config.task_type), AutoModelForCausalLM)
+    return kind.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
+
+
+def _add_adapter(model: PreTrainedModel | PeftModel, adapter: _Adapter, client_id: str) -> PeftModel:
+    """Adds a client's adapter to a model, or writes its tensors into the one of that name."""
+    name = _adapter_name(model, client_id)
+    if not isinstance(model, PeftModel):
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                "`base_model` already carries an adapter. Take it out with `unload()` first, or pass the `PeftModel`."
+            )
+        _check_fits(adapter_shapes(model, adapter.config), adapter, client_id)
+        return PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=name)
+    added = name not in model.peft_config
+    if added:
+        model.add_adapter(name, copy.deepcopy(adapter.config))
+    try:
+        expected = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(model, name).items()}
+        _check_fits(expected, adapter, client_id)
+    except ValueError:
+        if added:
+            model.delete_adapter(name)
+        raise
+    model.load_adapter(str(adapter.folder), adapter_name=name)
+    return model
+
+
+def _check_fits(expected: Mapping[str, tuple[int, ...]], adapter: _Adapter, client_id: str) -> None:
+    """PEFT ignores tensors too many and warns of missing ones. Here either means that something is wrong."""
+    found = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
+    if missing := sorted(expected.keys() - found.keys()):
+        problem = f"lacks {missing[0]!r}"
+    elif excess := sorted(found.keys() - expected.keys()):
+        problem = f"holds {excess[0]!r}, which the base model has no place for"
+    elif wrong := [key for key in expected if expected[key] != found[key]]:
+        problem = f"holds {wrong[0]!r} with the shape {found[wrong[0]]}, where {expected[wrong[0]]} is needed"
+    else:
+        return
+    raise ValueError(
+        f"The adapter of {client_id!r} in {adapter.folder} {problem}. It was made for another base model or another "
+        "adapter config."
+    )
+
+
+def _adapter_name(model: nn.Module, client_id: str) -> str:
+    """
+    The client's id, unless PEFT would mistake it for something else.
+
+    PEFT makes attributes of adapter names, and finds them again as components of parameter names.
+    """
+    reserved = {"weight", "bias", "base_layer", "original_module", "modules_to_save", *_module_names(model)}
+    misread = "." in client_id or "lora" in client_id or "vera" in client_id
+    if misread or client_id in reserved or hasattr(nn.ModuleDict(), client_id):
+        return f"client_{client_id.encode().hex()}"
+    return client_id
+
+
+def _module_names(module: nn.Module) -> Iterator[str]:
+    """Names of the base model's modules, without what adapters have added."""
+    for name, child in module.named_children():
+        yield name
+        if not isinstance(child, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            yield from _module_names(child)
+
+
+# Joining
+
+
+@dataclass(frozen=True)
+class Origin:
+    """
+    What a newcomer starts from.
+
+    Args:
+        federation (`dict[str, Any]`):
+            Contents of `federation.json`.
+        config ([`~peft.PeftConfig`]):
+            Config of the adapter to create.
+        shared (`dict[str, torch.Tensor]`):
+            The server's tensors, fp32.
+        local (`dict[str, torch.Tensor]`, *optional*):
+            What the newcomer starts from of its own. `None` means as the adapter is initialised: B is zero.
+    """
+
+    federation: dict[str, Any]
+    config: PeftConfig
+    shared: dict[str, torch.Tensor]
+    local: dict[str, torch.Tensor] | None
+
+
+def load_origin(
+    source: str | Path, init_local: str, *, revision: str | None, subfolder: str | None, token: str | bool | None
+) -> Origin:
+    """
+    Loads what a newcomer starts from.
+
+    Args:
+        source, revision, subfolder, token:
+            See [`load_personalized_model`].
+        init_local (`str`):
+            `"zero"`, `"mean"` of the published clients, or the id of one of them.
+
+    Raises:
+        `ValueError`: there is no such client, or a file is not the one that was saved.
+    """
+    origin = _Source(source, revision, subfolder, token).open()
+    federation = origin.federation
+    if federation["mutates_base"]:
+        raise ValueError(
+            f"The adapters of {source} were initialised with `init_lora_weights="
+            f"{federation['adapter'].get('init_lora_weights')!r}`, which changed the base weights in a way a newcomer "
+            "cannot repeat. Federations with the default initialisation can be joined."
+        )
+    shared = origin.read_adapter("shared", None)
+    if tensors_sha256(shared.tensors) != federation["shared_sha256"]:
+        raise ValueError(_MIXTURE.format(path=f"{source}/shared/{WEIGHTS}"))
+    method = next(row for row in METHODS if row.name == federation["method"])
+
+    def local_of(client_id: str) -> dict[str, torch.Tensor]:
+        modules, sharing = getattr(shared.config, "modules_to_save", None), federation["share_modules_to_save"]
+        tensors = origin.adapter(client_id).tensors
+        return {key: t for key, t in tensors.items() if classify(key, method, modules, sharing) == "local"}
+
+    local = None
+    published = [client_id for client_id, entry in federation["clients"].items() if entry["path"] is not None]
+    if init_local == "mean":
+        if not published:
+            raise ValueError(f'`init_local="mean"`, but {source} publishes no client. Use "zero".')
+        local = weighted_mean((local_of(client_id), 1.0) for client_id in published)
+    elif init_local != "zero":
+        local = local_of(init_local)
+    shared.config.inference_mode = False
+    return Origin(federation, shared.config, clone_tensors(shared.tensors, dtype=torch.float32), local)

@@ -3,13 +3,14 @@
 This is the only file that knows PEFT's key names. A new adapter is a row in [`METHODS`].
 """
 
+import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 
@@ -147,6 +148,24 @@ def adapter_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Para
     return {
         key: by_address[tensors[key].data_ptr()] for key in sorted(tensors) if tensors[key].data_ptr() in by_address
     }
+
+
+def adapter_shapes(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of the tensors that an adapter of a config has on a base model, under the keys PEFT saves them with.
+
+    The model is left as it was. For that, modules trained in full are looked up rather than wrapped: taken off again,
+    PEFT's wrapper would leave a copy of the module in its place, no longer tied to another one.
+    """
+    config = copy.deepcopy(config)
+    modules_to_save, config.modules_to_save = getattr(config, "modules_to_save", None), None
+    trial = get_peft_model(model, config, adapter_name="trial")
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(trial, "trial").items()}
+    trial.unload()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if any(f".{module}." in f".{name}." for module in modules_to_save or ()):
+            shapes[f"base_model.model.{name}"] = tuple(parameter.shape)
+    return shapes
 
 
 def clone_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

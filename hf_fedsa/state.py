@@ -235,6 +235,10 @@ class RunState:
             Per client, the last round it trained in.
         history (`list[dict]`, *optional*):
             One entry per finished round.
+        results (`dict[str, dict[str, float]]`, *optional*):
+            Per client, the metrics of its last evaluation.
+        results_after_round (`int`, *optional*):
+            Rounds done when that was.
     """
 
     rounds_done: int = 0
@@ -250,6 +254,18 @@ class RunState:
     seconds: float = 0.0
     last_round: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    results_after_round: int = 0
+
+    def after_round(self) -> "RunState":
+        """The state in which the next round begins, or this one anew if no client has returned anything."""
+        return RunState(
+            rounds_done=len(self.history),
+            last_round=self.last_round,
+            history=self.history,
+            results=self.results,
+            results_after_round=self.results_after_round,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,12 +9,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -31,7 +33,8 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -39,7 +42,8 @@ from . import hub
 from .aggregation import WeightedMean
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
-from .parameters import clone_tensors, count_bytes
+from .model_card import make_model_card, summarize
+from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
@@ -139,6 +143,15 @@ class FederatedMixin:
             _refuse_packing(args)
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
+        if args.push_to_hub:
+            self._published_clients(args)
+            if args.should_save:
+                hub.check_repository(
+                    args.hub_model_id or Path(args.output_dir).absolute().name,
+                    private=args.hub_private_repo,
+                    token=args.hub_token,
+                    revision=args.hub_revision,
+                )
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
         self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
         # What the step in progress trains, see `get_batch_samples`.
@@ -197,6 +210,20 @@ class FederatedMixin:
         self._resuming = False
         self._owns_store = args.client_store_dir is None
         self._rounds: list[Round] = []
+        # What is written of the federation
+        self._origin: dict[str, Any] | None = None
+        self._trains_shared = True
+        self._card: dict[str, Any] = {}
+        self._push_is_due = False
+        if args.push_to_hub and args.should_save:
+            hub.check_repository(
+                self.hub_model_id,
+                private=args.hub_private_repo,
+                token=args.hub_token,
+                revision=args.hub_revision,
+                model=self.model,
+                hub_base_model=args.hub_base_model,
+            )
         self._clock = time.perf_counter()
 
     # Construction
@@ -246,13 +273,42 @@ class FederatedMixin:
             drop_last=self.args.dataloader_drop_last,
         )
 
+    def _start_from(self, origin: hub.Origin, train_shared: bool) -> None:
+        """Starts from another federation's A, and trains it or not."""
+        expected = self._slots.select(0, "shared")
+        for key in sorted(expected.keys() | origin.shared.keys()):
+            here, there = (list(t[key].shape) if key in t else None for t in (expected, origin.shared))
+            if here != there:
+                raise ValueError(
+                    f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
+                    "needed. Leave `model` out to use the base they were trained on."
+                )
+        frozen = self._frozen_tensors()
+        if frozen and tensors_sha256(frozen) != origin.federation["frozen_sha256"]:
+            raise ValueError(
+                "The adapter's constant projections, drawn here from `projection_prng_key`, are not those that the "
+                "shared tensors were trained with. Use the version of torch that `federation.json` names."
+            )
+        self._initial_shared, self._shared = clone_tensors(origin.shared), clone_tensors(origin.shared)
+        if origin.local is not None:
+            self._initial_local = {key: origin.local[key].to(t.dtype) for key, t in self._initial_local.items()}
+        self._slots.load(0, self._initial_shared, self._initial_local)
+        self._trains_shared = train_shared
+        for slot in range(len(self._slots)):
+            for parameter in self._slots.select(slot, "shared").values():
+                parameter.requires_grad_(train_shared)
+        self._origin = {
+            "shared_sha256": tensors_sha256(origin.shared),
+            "rounds_done": origin.federation["rounds_done"],
+        }
+
     # What users read
 
     @property
     def round_history(self) -> list[dict[str, Any]]:
         """
         One entry per finished round: `round`, `clients`, `losses` and `weights` per client, `bytes_down` and
-        `bytes_up` over all clients, `seconds`, and the `step` it ended at.
+        `bytes_up` over all clients, `seconds`, the `step` it ended at, and `shared_sha256`, the hash of A after it.
         """
         return copy.deepcopy(self._progress.history)
 
@@ -701,6 +757,9 @@ class FederatedMixin:
     def end_run(self) -> None:
         """Leaves the model with the first client's adapter. [`use_client`] switches to another."""
         self.end_round()
+        if self._push_is_due:
+            self._finish_current_push()
+            self._push_progress()
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
 
     def _current_round(self) -> Round:
@@ -741,10 +800,11 @@ class FederatedMixin:
         for slot, client_id in enumerate(wave.client_ids):
             if not self._loss_counts.get(client_id):
                 continue  # The run was stopped before its first step ended, so it is as it was.
-            received = self._slots.take(slot, "shared")
-            progress.bytes_up += count_bytes(received)
             progress.weights[client_id] = self._weight(client_id)
-            self._mean.add(received, progress.weights[client_id])
+            if self._trains_shared:
+                received = self._slots.take(slot, "shared")
+                progress.bytes_up += count_bytes(received)
+                self._mean.add(received, progress.weights[client_id])
             self._clients.put(client_id, self._slots.select(slot, "local"))
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
@@ -764,10 +824,11 @@ class FederatedMixin:
 
     def _close_round(self) -> None:
         progress = self._progress
-        if not self._mean.mean:  # The run was stopped before any client had taken a step.
-            self._progress = RunState(progress.rounds_done, last_round=progress.last_round, history=progress.history)
+        if not progress.weights:  # The run was stopped before any client had taken a step.
+            self._progress = progress.after_round()
             return
-        self._shared = self._mean.mean
+        if self._trains_shared:
+            self._shared = self._mean.mean
         trained = list(progress.weights)
         metrics = round_metrics(
             round_index=progress.rounds_done,
@@ -778,11 +839,10 @@ class FederatedMixin:
             seconds=progress.seconds + time.perf_counter() - self._clock,
         )
         metrics["step"] = self.state.global_step
+        metrics["shared_sha256"] = tensors_sha256(self._shared)
         self._advance_schedule_to_round_end()
         progress.history.append(metrics)
-        self._progress = RunState(
-            rounds_done=progress.rounds_done + 1, last_round=progress.last_round, history=progress.history
-        )
+        self._progress = progress.after_round()
         self._mean, self._losses, self._loss_counts = WeightedMean(), {}, {}
         if self.is_world_process_zero():
             self._write_rounds(Path(self.args.output_dir))
@@ -791,6 +851,8 @@ class FederatedMixin:
         self.log(log_line(metrics))
         self.control.should_log = should_log
         self._call_round_event("on_round_end", metrics=copy.deepcopy(metrics))
+        if self._push_is_due:
+            self._push_progress()
 
     def _advance_schedule_to_round_end(self) -> None:
         """The last wave may have been shorter than the round is on the schedule."""
@@ -827,8 +889,12 @@ class FederatedMixin:
             `dict[str, float]`: `eval_<client_id>_loss` for every client, and `eval_loss`, their mean; likewise for
             metrics of `compute_metrics`.
         """
+        own_rows = metric_key_prefix == "eval" and (eval_dataset is None or isinstance(eval_dataset, str))
         if not self._names_clients:
-            return super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys=ignore_keys, metric_key_prefix=metric_key_prefix)
+            if own_rows:
+                self._keep_results({ONLY_CLIENT: metrics})
+            return metrics
         if eval_dataset is None and self.eval_dataset is None:
             return super().evaluate()  # Raises the Trainer's own error.
         if isinstance(eval_dataset, str):
@@ -847,6 +913,7 @@ class FederatedMixin:
         start_time = time.time()
         metrics: dict[str, float] = {}
         by_name: dict[str, list[float]] = {}
+        results: dict[str, dict[str, float]] = {}
         num_samples = num_steps = 0
         for client_id, rows in datasets.items():
             prefix = f"{metric_key_prefix}_{client_id}"
@@ -866,13 +933,31 @@ class FederatedMixin:
                 if name != "model_preparation_time":
                     metrics[key] = value
                     by_name.setdefault(name, []).append(value)
+                    results.setdefault(client_id, {})[f"eval_{name}"] = value
         for name, values in by_name.items():
             if all(isinstance(value, (int, float)) for value in values):
                 metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
+        if own_rows:
+            self._keep_results(results)
         metrics.update(speed_metrics(metric_key_prefix, start_time, num_samples=num_samples, num_steps=num_steps))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keeps the metrics of clients for the model card."""
+        speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+        progress = self._progress
+        if progress.results_after_round != progress.rounds_done:
+            progress.results = {}
+        progress.results_after_round = progress.rounds_done
+        for client_id, metrics in results.items():
+            if client_id in self._rows_of:
+                progress.results[client_id] = {
+                    name: value
+                    for name, value in metrics.items()
+                    if isinstance(value, (int, float)) and name not in (*speed, "epoch")
+                }
 
     def _prepare_eval_clients(self, eval_dataset: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
         merged = _as_one_dataset(eval_dataset, self.args, name="eval_dataset")
@@ -890,53 +975,108 @@ class FederatedMixin:
         Saves what the clients serve with.
 
         Writes `shared/` (A alone, fp32), `clients/<client_id>/` (complete adapters, which load with stock PEFT),
-        `federation.json`, `rounds.jsonl` and the tokenizer to `output_dir`. One client that is named nowhere is also
-        saved the way its Trainer saves, in `output_dir` itself.
+        `federation.json`, `rounds.jsonl`, a model card and the tokenizer to `output_dir`. One client that is named
+        nowhere is also saved the way its Trainer saves, in `output_dir` itself.
         """
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if _internal_call and not self.args.save_only_model:
             if self.args.should_save:
                 self._save_state(directory)
             return
-        if not self._names_clients:
-            super().save_model(output_dir, _internal_call=True)
-        if self.args.should_save:
-            self._save_federation(directory)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        self._save_federation(directory)
+        if self.args.push_to_hub and not _internal_call and self.args.should_save:
+            self._push(directory, commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_federation(self, directory: Path) -> None:
+        self._finish_current_push()  # It reads the files that are about to be replaced.
+        if not self._names_clients:
+            super().save_model(str(directory), _internal_call=True)
+        if not self.args.should_save:
+            return
         directory.mkdir(parents=True, exist_ok=True)
+        processing_files = []
         if self.processing_class is not None:
-            self.processing_class.save_pretrained(str(directory))
+            processing_files = hub.save_processing_class(self.processing_class, directory)
         torch.save(self.args, directory / "training_args.bin")
-        self._write_rounds(directory)
         hub.save_federation(
             directory,
+            {**self._describe(), "processing_files": processing_files},
+            self._progress.history,
+            model=self.model,
+            adapter_name=self._slots.names[0],
+            shared=self._shared,
+            client_tensors=self._client_tensors,
+            initial_tensors={**self._initial_shared, **self._initial_local},
+            frozen=self._frozen_tensors(),
+        )
+
+    def _frozen_tensors(self) -> dict[str, torch.Tensor]:
+        every = adapter_tensors(self.model, self._slots.names[0])
+        return clone_tensors({key: tensor for key, tensor in every.items() if key not in self._slots.parameters[0]})
+
+    def _describe(self) -> dict[str, Any]:
+        """What `federation.json` says, but for the hashes of files."""
+        progress = self._progress
+        clients = {}
+        for client_id in self.client_ids:
+            clients[client_id] = {
+                "num_examples": len(self._rows_of[client_id]),
+                "last_round": progress.last_round.get(client_id),
+                "results": progress.results.get(client_id, {}),
+                "joined": self._origin is not None,
+            }
+        by_name: dict[str, list[float]] = {}
+        for metrics in progress.results.values():
+            for name, value in metrics.items():
+                by_name.setdefault(name, []).append(value)
+        summary = {
+            "rounds_done": progress.rounds_done,
+            "num_rounds": self.args.rounds,
+            "aggregation_weighting": self.args.aggregation_weighting,
+            "share_modules_to_save": self.args.share_modules_to_save,
+            "initial_shared_sha256": tensors_sha256(self._initial_shared),
+            "origin": self._origin,
+            "root_adapter": not self._names_clients,
+            "hub_base_model": self.args.hub_base_model,
+            "results": {name: summarize(values) for name, values in by_name.items()},
+            "results_after_round": progress.results_after_round,
+            "arguments": {name: getattr(self.args, name) for name in _ARGUMENTS_IN_CARD if hasattr(self.args, name)},
+            "card": self._card,
+            "clients": clients,
+        }
+        return hub.describe_federation(
             model=self.model,
             adapter_name=self._slots.names[0],
             method=self._slots.method,
             shared=self._shared,
-            client_ids=self.client_ids,
-            client_tensors=self._client_tensors,
-            initial_tensors={**self._initial_shared, **self._initial_local},
-            summary=self._summary(),
+            frozen=self._frozen_tensors(),
+            summary=json.loads(json.dumps(summary, default=str)),
         )
 
-    def _summary(self) -> dict[str, Any]:
-        return {
-            "rounds_done": self._progress.rounds_done,
-            "num_rounds": self.args.rounds,
-            "aggregation_weighting": self.args.aggregation_weighting,
-            "share_modules_to_save": self.args.share_modules_to_save,
-            "clients": {
-                client_id: {
-                    "num_examples": len(self._rows_of[client_id]),
-                    "last_round": self._progress.last_round.get(client_id),
-                }
-                for client_id in self.client_ids
-            },
-        }
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        *,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """
+        Writes the model card of the federation as it stands to `output_dir`.
+
+        Args:
+            model_name (`str`, *optional*):
+                Title of the card.
+            dataset_name (`str` or `list[str]`, *optional*), tags (`str` or `list[str]`, *optional*),
+            language (`str` or `list[str]`, *optional*), license (`str`, *optional*):
+                Entries of its metadata.
+        """
+        if not self.is_world_process_zero():
+            return
+        card = _card_entries(model_name, dataset_name, tags, language, license)
+        federation = {**self._describe(), "card": {**self._card, **card}}
+        write_text(Path(self.args.output_dir) / "README.md", make_model_card(federation, self._progress.history, None))
 
     def _write_rounds(self, directory: Path) -> None:
         lines = "".join(json.dumps(metrics) + "\n" for metrics in self._progress.history)
@@ -955,6 +1095,8 @@ class FederatedMixin:
             "lora_alpha": getattr(config, "lora_alpha", None),
             "tensors": {key: list(p.shape) for key, p in self._slots.parameters[0].items()},
             "share_modules_to_save": self.args.share_modules_to_save,
+            "origin": self._origin,
+            "trains_shared": self._trains_shared,
             "seed": self.args.seed,
             "data_seed": self.args.data_seed,
             "clients_per_round": self.args.clients_per_round,
@@ -1002,6 +1144,129 @@ class FederatedMixin:
             if not self.args.save_only_model:
                 write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
             rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, use_mtime=True)
+
+    # Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Creates the repository, as a private one unless `private` or `args.hub_private_repo` is `False`."""
+        private = private if private is not None else self.args.hub_private_repo
+        super().init_hf_repo(token=token, private=private is not False)
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        *,
+        clients: str | list[str] | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """
+        Saves the federation to `output_dir` and publishes it, in one commit.
+
+        Differs from the Trainer's method in its first argument. Pass the message as `commit_message`.
+
+        Args:
+            repo_id (`str`, *optional*):
+                Repository. Defaults to `args.hub_model_id`, else the name of `output_dir`.
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to return only when the upload has finished.
+            token (`str`, *optional*), revision (`str`, *optional*):
+                Token with write permission, and branch. Default to `args.hub_token` and `args.hub_revision`.
+            private (`bool`, *optional*):
+                Whether the repository is private. Defaults to `args.hub_private_repo`. If that is `None` too, it is
+                created as a private one, and one that is public is refused.
+            clients (`str` or `list[str]`, *optional*):
+                Clients whose adapters are published: `"all"`, `"none"` or their ids. Defaults to `args.hub_clients`.
+                One of the two must be set, unless there is one client that is named nowhere.
+            kwargs:
+                `model_name`, `dataset_name`, `tags`, `language` and `license`, for the model card.
+
+        Returns:
+            [`~huggingface_hub.CommitInfo`], a `Future` of it if `blocking=False`, or `None` in processes other than
+            the first.
+
+        Raises:
+            `ValueError`: it was not said which clients are published, or the repository holds something else. See
+                [`~hf_fedsa.hub.push_federation`].
+        """
+        chosen = self._published_clients(self.args, clients)
+        self._card = {**self._card, **_card_entries(**kwargs)}
+        self._save_federation(Path(self.args.output_dir))
+        if not self.is_world_process_zero():
+            return None
+        return self._push(
+            Path(self.args.output_dir),
+            repo_id=repo_id,
+            commit_message=commit_message,
+            blocking=blocking,
+            token=token,
+            revision=revision if revision is not None else self.args.hub_revision,
+            private=private,
+            clients=chosen,
+        )
+
+    def _published_clients(self, args: FederatedConfig, clients: str | list[str] | None = None) -> list[str]:
+        choice = clients if clients is not None else args.hub_clients
+        if choice is None and not self._names_clients:
+            return self.client_ids
+        return hub.choose_clients(choice, self.client_ids)
+
+    def _push(
+        self,
+        directory: Path,
+        *,
+        commit_message: str,
+        revision: str | None,
+        repo_id: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        private: bool | None = None,
+        clients: list[str] | None = None,
+    ) -> CommitInfo | Future[CommitInfo]:
+        """Publishes a folder that was just saved."""
+        args = self.args
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        push = functools.partial(
+            hub.push_federation,
+            directory,
+            repo_id or self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
+            clients=clients if clients is not None else self._published_clients(args),
+            client_repositories=args.hub_client_repositories,
+            name_clients=args.hub_name_clients,
+            private=private if private is not None else args.hub_private_repo,
+            token=token if token is not None else args.hub_token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+        return push() if blocking else HfApi().run_as_future(push)
+
+    # The Trainer uploads what it finds in `output_dir`, and would do so in the middle of a round.
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._push_is_due = True
+        if not self._progress.round_open:
+            self._push_progress()
+
+    def _push_progress(self) -> None:
+        """Pushes in the background. A failure is logged: training goes on, and the next push carries everything."""
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if running and not self.args.hub_always_push:
+            return  # Still due at the next round end.
+        self._push_is_due = False
+        rounds_done = self._progress.rounds_done
+        directory = Path(self.args.output_dir)
+        self._save_federation(directory)
+        message = f"Training in progress, round {rounds_done}"
+        future = self._push(directory, commit_message=message, revision=self.args.hub_revision, blocking=False)
+        future.add_done_callback(functools.partial(_log_failed_push, rounds_done))
+        self.push_in_progress = PushInProgress([future])
 
     # Resuming
 
@@ -1160,6 +1425,95 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+
+    @classmethod
+    def from_shared(
+        cls,
+        source: str | Path,
+        args: SFTConfig | TrainingArguments | None = None,
+        train_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        *,
+        client_id: str = "newcomer",
+        init_local: str = "zero",
+        train_shared: bool = False,
+        model: str | PreTrainedModel | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        **kwargs,
+    ) -> "FederatedTrainer":
+        """
+        Makes a trainer for a client that was not there when a federation was trained: it starts from the shared A and
+        trains its own B.
+
+        `push_to_hub` adds it to the federation's repository. If it has trained A too, the new A takes the place of the
+        old one for all clients of the repository, as after a round in which no other client took part.
+
+        Args:
+            source (`str` or `Path`):
+                Repository on the Hub, or folder written by `save_model()`.
+            args ([`FederatedConfig`] or [`~trl.SFTConfig`], *optional*):
+                Arguments of the newcomer's own run.
+            train_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
+                Rows of the newcomer, or a dictionary from client id to rows for several of them.
+            eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+                Evaluation rows, in the same forms.
+            client_id (`str`, *optional*, defaults to `"newcomer"`):
+                Name of the newcomer, where `train_dataset` is a `Dataset` that does not name it.
+            init_local (`str`, *optional*, defaults to `"zero"`):
+                Where B starts: `"zero"`, the `"mean"` over the clients that are published, or the id of one of them.
+                With the id of a client that is in `train_dataset` it goes on from its own.
+            train_shared (`bool`, *optional*, defaults to `False`):
+                Whether A trains too. Off, it is frozen.
+            model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+                Base model. `None` means the one the federation was trained on.
+            revision, subfolder, token:
+                See [`~hf_fedsa.load_personalized_model`].
+            kwargs:
+                Passed to the constructor, e.g. `quantization_config`.
+
+        Raises:
+            `ValueError`: a client of this name is already in the federation, or the federation cannot be joined.
+
+        Example:
+
+        ```python
+        >>> newcomer = FederatedTrainer.from_shared("me/gsm8k-fedsa", train_dataset=rows, client_id="clinic")
+        >>> newcomer.train()
+        >>> newcomer.push_to_hub("me/gsm8k-fedsa", clients=["clinic"])
+        ```
+        """
+        origin = hub.load_origin(source, init_local, revision=revision, subfolder=subfolder, token=token)
+        column = getattr(args, "client_column", FederatedConfig.client_column)
+        if isinstance(train_dataset, Dataset) and column not in train_dataset.column_names:
+            train_dataset = {client_id: train_dataset}
+            eval_dataset = {client_id: eval_dataset} if isinstance(eval_dataset, Dataset) else eval_dataset
+        base = origin.federation["base_model"]
+        if model is None:
+            if not base:
+                raise ValueError(f"{source} does not name its base model. Pass it as `model`.")
+            model = base
+        args = _as_federated_config(args, model)
+        if isinstance(model, str) and model == base:
+            defaults = {"dtype": origin.federation["base_dtype"], "revision": origin.federation["base_revision"]}
+            args.model_init_kwargs = {**defaults, **(args.model_init_kwargs or {})}
+        trainer = cls(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=origin.config,
+            **kwargs,
+        )
+        for name in trainer.client_ids:
+            if name in origin.federation["clients"] and name != init_local:
+                raise ValueError(
+                    f"{name!r} is already a client of {source}. Give the newcomer another name (`client_id`), or pass "
+                    f"`init_local={name!r}` to go on from that client's own B."
+                )
+        trainer._start_from(origin, train_shared)
+        return trainer
 
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         if self._skip_prepare_dataset:
@@ -1423,11 +1777,6 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
             f"processes with {args.n_gpu} devices each. Launch it with `--num_processes 1` and one visible device; "
             "`parallel_clients` trains clients side by side."
         )
-    if args.push_to_hub:
-        raise ValueError(
-            "`push_to_hub=True` would upload `output_dir` with every client's own B in it. Set it to False, and "
-            "upload what you choose to publish, e.g. `shared/`, with `huggingface_hub.upload_folder`."
-        )
     if args.padding_free:
         raise ValueError(
             "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
@@ -1458,6 +1807,52 @@ def _split_by_client(dataset: Dataset, column: str) -> dict[str, Dataset]:
     rows = rows_by_client(dataset, column, name="eval_dataset")
     plain = dataset.remove_columns(column)
     return {client_id: plain.select(indices) for client_id, indices in rows.items()}
+
+
+# Arguments that the model card lists: those that change what is learned, and none that tells of the machine.
+_ARGUMENTS_IN_CARD = (
+    "num_train_epochs",
+    "local_steps",
+    "local_epochs",
+    "clients_per_round",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "completion_only_loss",
+    "aggregation_weighting",
+    "reset_optimizer",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
+def _card_entries(
+    model_name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+) -> dict[str, Any]:
+    entries = {
+        "model_name": model_name,
+        "dataset_name": dataset_name,
+        "tags": [tags] if isinstance(tags, str) else tags,
+        "language": language,
+        "license": license,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
+
+
+def _log_failed_push(rounds_done: int, future: Future[CommitInfo]) -> None:
+    if error := future.exception():
+        logger.error("The push after round %d failed, the next one carries everything: %s", rounds_done, error)
 
 
 def _make_store(directory: str | None, name: str) -> ClientStore:

@@ -1,5 +1,7 @@
 """A two-layer Llama and a word tokenizer, both made in memory, and federations of a few rows."""
 
+from local_hub import HUB  # isort: skip  # Sets what `huggingface_hub` reads on import.
+
 import gc
 
 import pytest
@@ -28,6 +30,13 @@ def frozen_imports():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def hub():
+    HUB.reset()
+    yield HUB
+    HUB.reset()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

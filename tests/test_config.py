@@ -117,6 +117,10 @@ class TestDerived:
             "reset_optimizer": None,
             "client_column": "client_id",
             "eval_unseen_clients": False,
+            "hub_clients": None,
+            "hub_client_repositories": False,
+            "hub_name_clients": False,
+            "hub_base_model": None,
         }
         assert args.rounds == SFTConfig.__dataclass_fields__["num_train_epochs"].default == 3
 

@@ -1483,6 +1483,7 @@ class TestReading:
                 "bytes_up",
                 "seconds",
                 "step",
+                "shared_sha256",
             }
             assert len(entry["clients"]) == 3
             assert list(entry["losses"]) == list(entry["weights"]) == entry["clients"] == sorted(entry["clients"])
