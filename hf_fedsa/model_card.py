@@ -203,7 +203,11 @@ def _loading_section(federation: Mapping[str, Any], source: str) -> str:
 
 
 def _training_section(federation: Mapping[str, Any]) -> str:
-    rows = {**federation["adapter"], **federation["arguments"]}
+    adapter = dict(federation["adapter"])
+    if isinstance(adapter.get("target_modules"), list):
+        # PEFT writes "all-linear" out, layer by layer.
+        adapter["target_modules"] = sorted({name.rpartition(".")[2] for name in adapter["target_modules"]})
+    rows = {**adapter, **federation["arguments"]}
     lines = ["## Training", "", "| argument | value |", "|---|---|"]
     lines += [f"| `{name}` | {_cell(value)} |" for name, value in rows.items() if value not in (None, "", [], {})]
     lines += ["", "Versions: " + ", ".join(f"{name} {v}" for name, v in federation["versions"].items()) + "."]

@@ -1498,6 +1498,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         if isinstance(model, str) and model == base:
             defaults = {"dtype": origin.federation["base_dtype"], "revision": origin.federation["base_revision"]}
             args.model_init_kwargs = {**defaults, **(args.model_init_kwargs or {})}
+            args.hub_base_model = args.hub_base_model or origin.federation["hub_base_model"]
         trainer = cls(
             model=model,
             args=args,
