@@ -125,7 +125,7 @@ class TestTraining:
         )
         before = newcomer.evaluate()["eval_newcomer_loss"]  # With a B of zero, the loss of the base model.
         newcomer.train()
-        assert newcomer.evaluate()["eval_newcomer_loss"] < 0.9 * before
+        assert newcomer.evaluate()["eval_newcomer_loss"] < before - 0.2  # In nats per token.
 
     def test_stopped_and_resumed_is_the_same(self, federation, tmp_path):
         whole = join(federation.args.output_dir, tmp_path / "whole", save_strategy="steps", save_steps=2)
