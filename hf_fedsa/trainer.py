@@ -1495,10 +1495,12 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
                 raise ValueError(f"{source} does not name its base model. Pass it as `model`.")
             model = base
         args = _as_federated_config(args, model)
-        if isinstance(model, str) and model == base:
-            defaults = {"dtype": origin.federation["base_dtype"], "revision": origin.federation["base_revision"]}
+        if isinstance(model, str):
+            defaults = {"dtype": origin.federation["base_dtype"]}
+            if model == base:
+                defaults["revision"] = origin.federation["base_revision"]
             args.model_init_kwargs = {**defaults, **(args.model_init_kwargs or {})}
-            args.hub_base_model = args.hub_base_model or origin.federation["hub_base_model"]
+        args.hub_base_model = args.hub_base_model or origin.federation["hub_base_model"]
         trainer = cls(
             model=model,
             args=args,

@@ -19,7 +19,14 @@ With rows of your own, jsonl with `question` and `answer` (steps, then `#### res
 accelerate launch recipes/gsm8k.py --config recipes/configs/demo.yaml --dataset_name train.jsonl --test_file test.jsonl
 ```
 
-Any argument of `FederatedConfig` and of TRL's `ModelConfig` can follow and overrides the file.
+Any argument of `FederatedConfig` and of TRL's `ModelConfig` can follow and overrides the file. To publish the result,
+privately unless `--hub_private_repo false`:
+
+```bash
+accelerate launch recipes/gsm8k.py --config recipes/configs/demo.yaml --push_to_hub --hub_model_id me/gsm8k-fedsa
+```
+
+With rows of your own, also say which clients' adapters to publish: `--hub_clients all`, `none`, or their ids.
 """
 
 import math
@@ -89,7 +96,7 @@ def main(recipe_args, training_args, model_args) -> None:
     # Model and adapter
     model = model_args.model_name_or_path
     if model == REPOSITORY:
-        model = str(smollm2_folder())
+        model, training_args.hub_base_model = str(smollm2_folder()), REPOSITORY
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -103,8 +110,10 @@ def main(recipe_args, training_args, model_args) -> None:
         model_args.use_peft = True
         peft_config = get_peft_config(model_args)
 
-    # Data
+    # Data. Clients that public rows are dealt to have nothing to hide.
     train, evaluation, readers = make_clients(recipe_args, training_args.seed)
+    if training_args.hub_clients is None and recipe_args.test_file is None:
+        training_args.hub_clients = ["all"]
     trainer = FederatedTrainer(
         model=model,
         args=training_args,
@@ -126,6 +135,8 @@ def main(recipe_args, training_args, model_args) -> None:
     if recipe_args.cross_evaluation:
         print(cross_table(trainer))
     print(f"Personalised adapters: {Path(training_args.output_dir) / 'clients'}")
+    if training_args.push_to_hub:
+        print(f"On the Hub: {trainer.hub_model_id}")
 
 
 # Data
