@@ -7,6 +7,7 @@ import math
 import re
 
 import pytest
+import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from huggingface_hub import ModelCard
 from peft import LoraConfig, VeraConfig, get_peft_model
@@ -564,8 +565,10 @@ class TestOnlyNamed:
 class TestDescription:
     """The entries that the card reads, as `describe_federation` fills them."""
 
-    def describe(self, config=None, *, model=None, **summary):
-        model = get_peft_model(model or make_model(), config or make_lora())
+    def describe(self, config=None, *, base="", dtype=torch.float32, **summary):
+        model = make_model().to(dtype)
+        model.config._name_or_path = base
+        model = get_peft_model(model, config or make_lora())
         defaults = {"hub_base_model": None, "clients": {"north": {"num_examples": 3}, "south": {"num_examples": 4}}}
         return describe_federation(
             model=model,
@@ -587,14 +590,14 @@ class TestDescription:
         assert federation["rounds_done"] == 5
 
     def test_a_folder_is_not_a_base_on_the_hub(self, tmp_path):
-        federation = self.describe(make_lora(base_model_name_or_path=str(tmp_path)))
+        federation = self.describe(base=str(tmp_path))
         assert federation["hub_base_model"] is None
         assert federation["base_model"] == str(tmp_path)
-        federation = self.describe(make_lora(base_model_name_or_path=str(tmp_path)), hub_base_model="me/base")
+        federation = self.describe(base=str(tmp_path), hub_base_model="me/base")
         assert federation["hub_base_model"] == "me/base"
 
     def test_a_name_is_a_base_on_the_hub(self):
-        assert self.describe(make_lora(base_model_name_or_path="me/base"))["hub_base_model"] == "me/base"
+        assert self.describe(base="me/base")["hub_base_model"] == "me/base"
 
     def test_a_base_made_in_memory_is_not_on_the_hub(self):
         assert self.describe()["hub_base_model"] is None
@@ -618,7 +621,7 @@ class TestDescription:
 
     def test_the_dtype_is_one_that_from_pretrained_takes(self):
         assert self.describe()["base_dtype"] == "float32"
-        assert self.describe(model=make_model().bfloat16())["base_dtype"] == "bfloat16"
+        assert self.describe(dtype=torch.bfloat16)["base_dtype"] == "bfloat16"
 
     def test_the_task_is_plain_text(self):
         federation = self.describe(make_lora(task_type="FEATURE_EXTRACTION"))
