@@ -57,7 +57,7 @@ from .parameters import (
     tensors_sha256,
 )
 from .slots import mutates_base
-from .state import file_sha256, write_json, write_safetensors, write_text
+from .state import file_sha256, validate_client_ids, write_json, write_safetensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -345,8 +345,6 @@ def check_repository(
         api.auth_check(repo_id, write=True)
     elif remote.federation is not None:
         config = _config_to_save(model, model.active_adapter)
-        if mutates_base(config):
-            return  # It is saved in another form, which the repository's is compared to then.
         name = config.base_model_name_or_path
         base_model = hub_base_model or (name if name and not os.path.isdir(name) else None)
         _check_same_adapter(base_model, _config_dict(config), remote, repo_id)
@@ -517,7 +515,7 @@ class _Remote:
         def fetch(name: str) -> Path:
             return Path(hf_hub_download(repo_id, name, revision=info.sha, token=api.token))
 
-        federation = _read_json(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
+        federation = _read_federation(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
         rounds = _read_rounds(fetch(ROUNDS)) if ROUNDS in paths else []
         config_path = f"shared/{CONFIG}"
         config = _read_json(fetch(config_path), config_path) if config_path in paths else {}
@@ -874,7 +872,47 @@ def read_federation(directory: Path) -> dict[str, Any]:
             f"{directory} holds no federation: {path.name} is missing. Pass a folder that `trainer.save_model()` "
             "wrote, or a repository that `trainer.push_to_hub()` wrote."
         )
-    return _read_json(path, str(path))
+    return _read_federation(path, str(path))
+
+
+def _read_federation(path: Path, name: str) -> dict[str, Any]:
+    """Reads a `federation.json`, which may come from anywhere, so that what follows can rely on its form."""
+    federation = _read_json(path, name)
+    missing = sorted(_REQUIRED - federation.keys()) if isinstance(federation, dict) else sorted(_REQUIRED)
+    if missing:
+        raise ValueError(f"{name} has no `{missing[0]}`, so it was not written by this version of hf_fedsa.")
+    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in federation["processing_files"]):
+        raise ValueError(f"{name} is damaged: `processing_files` names files outside of its folder.")
+    validate_client_ids(federation["clients"])
+    for client_id, entry in federation["clients"].items():
+        path = entry.get("path")
+        if path not in (None, "", f"clients/{client_id}"):
+            raise ValueError(f"{name} is damaged: the adapter of {client_id!r} is said to be in {path!r}.")
+        if path is not None and not isinstance(entry.get("sha256"), str):
+            raise ValueError(f"{name} is damaged: the adapter of {client_id!r} has no hash.")
+    return federation
+
+
+_REQUIRED = {
+    "adapter",
+    "base_dtype",
+    "base_model",
+    "base_revision",
+    "client_repositories",
+    "clients",
+    "hub_base_model",
+    "initial_shared_sha256",
+    "method",
+    "mutates_base",
+    "num_clients",
+    "origin",
+    "processing_files",
+    "quantized",
+    "root_adapter",
+    "rounds_done",
+    "share_modules_to_save",
+    "shared_sha256",
+}
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
@@ -958,7 +996,7 @@ class _Source:
                 f"{place} holds no federation: {FEDERATION} is missing. Pass a folder that `trainer.save_model()` "
                 "wrote, or a repository that `trainer.push_to_hub()` wrote."
             )
-        federation = _read_json(path, str(path))
+        federation = _read_federation(path, str(path))
         if self.is_local:
             return _Origin(self, federation)
         # In the Hub's cache, files lie under `snapshots/<commit>/`.

@@ -444,6 +444,11 @@ class TestTraining:
         assert ["`target_modules`", "`k_proj`, `q_proj`"] in rows
         assert ["`local_steps`", "`7`"] in rows
 
+    def test_modules_that_are_adapted_in_every_layer_are_named_once(self):
+        names = [f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "k_proj")]
+        _, rows = table(make_card(adapter={"target_modules": names}), "Training")
+        assert rows[0] == ["`target_modules`", "`k_proj`, `q_proj`"]
+
     def test_versions_are_told(self):
         assert "hf_fedsa 0.1.0, peft 0.21.2." in section(make_card(), "Training")
 
@@ -693,9 +698,25 @@ class TestOfATrainedFederation:
         }
         assert "after round 2" in section(card, "Results")
 
-    def test_speed_is_not_a_result(self, saved):
-        header, _ = table(saved[2], "Results")
-        assert not any(word in name for name in header for word in ("runtime", "per_second", "time", "epoch"))
+    def test_of_one_unnamed_client_speed_is_no_result(self, tmp_path):
+        trainer = FederatedTrainer(
+            model=make_model(),
+            args=make_args(tmp_path, num_rounds=1, local_steps=1),
+            train_dataset=make_rows(4, seed=0),
+            eval_dataset=make_rows(2, seed=50),
+            peft_config=make_lora(),
+            processing_class=make_tokenizer(),
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        assert {"eval_runtime", "epoch"} <= metrics.keys()
+        trainer.save_model()
+        card = (tmp_path / "README.md").read_text()
+        header, rows = table(card, "Results")
+        assert rows[0][:2] == ["client_0", "4"]
+        assert rows[0][header.index("eval_loss")] == f"{metrics['eval_loss']:.4g}"
+        assert not any(word in name for name in header for word in ("time", "per_second", "epoch"))
+        assert "by 1 client " in introduction(card)
 
     def test_nothing_of_this_machine_is_in_it(self, saved):
         trainer, _, card = saved
