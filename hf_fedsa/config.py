@@ -65,12 +65,12 @@ class FederatedConfig(SFTConfig):
 
         > Hub
 
-        hub_clients (`list[str]`, *optional*):
+        hub_clients (`list[str]` or `str`, *optional*):
             Clients whose complete adapters are pushed: `"all"`, `"none"`, or their ids. It must be set to push a
             federation, since these hold what a client never shared in training.
-        hub_client_repositories (`bool`, *optional*, defaults to `False`):
+        hub_client_repositories (`bool`, *optional*):
             Whether the adapter of each of them goes to a repository of its own, `<hub_model_id>-<client_id>`, which is
-            always private. Off, they go to `clients/` in `hub_model_id`.
+            always private. Off, they go to `clients/` in `hub_model_id`. `None` means as it is there, else off.
         hub_name_clients (`bool`, *optional*, defaults to `False`):
             Whether clients whose adapters are not in `hub_model_id` are named there, with their results. Off, they are
             counted.
@@ -148,11 +148,11 @@ class FederatedConfig(SFTConfig):
             "federation."
         },
     )
-    hub_client_repositories: bool = field(
-        default=False,
+    hub_client_repositories: bool | None = field(
+        default=None,
         metadata={
             "help": "Whether the adapter of each of them goes to a private repository of its own, "
-            "<hub_model_id>-<client_id>."
+            "<hub_model_id>-<client_id>. None means as it is there already, else no."
         },
     )
     hub_name_clients: bool = field(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ from transformers import (
 )
 
 from .aggregation import weighted_mean
-from .model_card import make_model_card
+from .model_card import make_model_card, summarize
 from .parameters import (
     METHODS,
     AdapterMethod,
@@ -113,29 +114,61 @@ def describe_federation(
     config = _config_to_save(model, adapter_name)
     base = model.get_base_model()
     name = config.base_model_name_or_path
-    on_hub = name if name and not os.path.isdir(name) else None
+    kinds = {part for key in adapter_tensors(model, adapter_name) for part in key.split(".")}
     return {
         **summary,
-        "hub_base_model": summary["hub_base_model"] or on_hub,
+        "hub_base_model": summary["hub_base_model"] or _name_on_hub(name),
         "method": method.name,
         "task_type": _as_json(config.task_type),
         "base_model": name,
         "base_revision": getattr(base.config, "_commit_hash", None),
         "base_dtype": str(base.dtype).removeprefix("torch."),
-        "quantized": getattr(base.config, "quantization_config", None) is not None,
+        "quantization_config": _quantization(base),
         "mutates_base": mutates_base(config),
         "adapter": _adapter_summary(config),
-        "shared_tensors": list(method.shared),
-        "local_tensors": list(method.local),
+        "shared_tensors": [kind for kind in method.shared if kind in kinds],
+        "local_tensors": [kind for kind in method.local if kind in kinds],
         "shared_sha256": tensors_sha256(shared),
         "frozen_sha256": tensors_sha256(frozen) if frozen else None,
         "num_clients": len(summary["clients"]),
+        "results": _summarize_results(summary["clients"], named=summary["clients"]),
         "client_repositories": False,
         "clients": {
             client_id: {**entry, "path": f"clients/{client_id}"} for client_id, entry in summary["clients"].items()
         },
         "versions": {name: version(name) for name in _VERSIONED},
     }
+
+
+def _name_on_hub(name: str | None) -> str | None:
+    """The name of a base model if it can be one of the Hub's, and not a folder of this machine, there or gone."""
+    if not name or os.path.isabs(name) or os.path.isdir(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+# Numbers of so few unnamed clients would follow from a mean and the numbers of the named ones.
+_FEWEST_UNNAMED = 3
+
+
+def _summarize_results(clients: Mapping[str, Mapping[str, Any]], named: Iterable[str]) -> dict[str, dict[str, float]]:
+    """Mean and spread of each metric over the clients: all of them, or the named ones if few others are behind it."""
+    unnamed = clients.keys() - set(named)
+    few = 0 < len(unnamed) < _FEWEST_UNNAMED
+    by_name: dict[str, list[float]] = {}
+    for client_id, entry in clients.items():
+        for name, value in entry["results"].items():
+            if value is not None and not (few and client_id in unnamed):
+                by_name.setdefault(name, []).append(value)
+    summary = {name: summarize(values) for name, values in by_name.items()}
+    if unnamed and not few:
+        for entry in summary.values():
+            del entry["min"], entry["max"]  # Each is the number of one client.
+    return summary
 
 
 def save_federation(
@@ -209,8 +242,11 @@ def save_processing_class(processing_class: Any, directory: Path) -> list[str]:
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:
     config = copy.deepcopy(model.peft_config[adapter_name])
     config.inference_mode = True
+    base = model.get_base_model()
     if config.base_model_name_or_path is None:
-        config.base_model_name_or_path = model.get_base_model().config._name_or_path
+        config.base_model_name_or_path = base.config._name_or_path
+    if config.task_type is None and type(base).__name__.endswith("ForCausalLM"):
+        config.task_type = "CAUSAL_LM"  # Or PEFT's auto classes could not load it.
     return config
 
 
@@ -219,6 +255,14 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
     return getattr(value, "value", value)
+
+
+def _quantization(base: PreTrainedModel) -> dict[str, Any] | None:
+    """What to pass to `BitsAndBytesConfig` (or its like) for the quantization of a base model."""
+    config = getattr(base.config, "quantization_config", None)
+    if config is None:
+        return None
+    return json.loads(json.dumps(config if isinstance(config, dict) else config.to_diff_dict(), default=str))
 
 
 def _config_dict(config: PeftConfig) -> dict[str, Any]:
@@ -345,8 +389,7 @@ def check_repository(
         api.auth_check(repo_id, write=True)
     elif remote.federation is not None:
         config = _config_to_save(model, model.active_adapter)
-        name = config.base_model_name_or_path
-        base_model = hub_base_model or (name if name and not os.path.isdir(name) else None)
+        base_model = hub_base_model or _name_on_hub(config.base_model_name_or_path)
         _check_same_adapter(base_model, _config_dict(config), remote, repo_id)
 
 
@@ -367,7 +410,7 @@ def push_federation(
     repo_id: str,
     *,
     clients: str | Sequence[str],
-    client_repositories: bool = False,
+    client_repositories: bool | None = None,
     name_clients: bool = False,
     private: bool | None = None,
     token: str | None = None,
@@ -388,8 +431,9 @@ def push_federation(
         clients (`str` or `Sequence[str]`):
             Clients whose adapters are published: `"all"`, `"none"`, or their ids. Those published earlier and not
             chosen now are deleted from the branch, though not from its history.
-        client_repositories (`bool`, *optional*, defaults to `False`):
+        client_repositories (`bool`, *optional*):
             Whether each of them goes to a repository of its own, `<repo_id>-<client_id>`, which is always private.
+            `None` does what `repo_id` does already, and else keeps them in it.
         name_clients (`bool`, *optional*, defaults to `False`):
             Whether the clients that are not published in `repo_id` are named in it. Off, they are counted.
         private (`bool`, *optional*):
@@ -413,20 +457,18 @@ def push_federation(
     chosen = choose_clients(clients, list(saved.federation["clients"]))
     api = _api(token)
     repo_id = _full_name(api, repo_id)
-    repositories = {client_id: f"{repo_id}-{client_id}" for client_id in chosen} if client_repositories else {}
-    for name in repositories.values():
-        validate_repo_id(name)
     if not saved.federation["hub_base_model"]:
         logger.warning(
             "The base model %r is a local folder, so others cannot find it by its name, and the name is left out of "
             "what is pushed. Set `hub_base_model` to its id on the Hub.",
             saved.federation["base_model"],
         )
-    _Remote.read(api, repo_id, revision=revision, private=private)  # What cannot work is refused before any upload.
-    for client_id, name in repositories.items():
-        remote = _Remote.read(api, name, revision=revision, private=True)
-        files = saved.client_repository_files(client_id, repo_id=name)
-        _commit(api, name, files, remote=remote, private=True, revision=revision, message=commit_message)
+    remote = _Remote.read(api, repo_id, revision=revision, private=private)
+    if client_repositories is None:
+        there = remote.federation if remote is not None else None
+        client_repositories = there is not None and there["client_repositories"]
+    if client_repositories:
+        _push_to_client_repositories(api, saved, repo_id, chosen, commit_message)
     attempts = 3
     while True:
         remote = _Remote.read(api, repo_id, revision=revision, private=private)
@@ -453,6 +495,24 @@ def push_federation(
             attempts -= 1
             if error.response.status_code != 412 or attempts == 0:
                 raise
+
+
+def _push_to_client_repositories(
+    api: HfApi, saved: "_Saved", repo_id: str, chosen: Sequence[str], message: str
+) -> None:
+    names = {client_id: f"{repo_id}-{client_id}" for client_id in saved.federation["clients"]}
+    for client_id in chosen:
+        validate_repo_id(names[client_id])
+    remotes = {c: _Remote.read(api, names[c], revision=None, private=True) for c in chosen}
+    for client_id, remote in remotes.items():
+        files = saved.client_repository_files(client_id, repo_id=names[client_id])
+        _commit(api, names[client_id], files, remote=remote, private=True, revision=None, message=message)
+    if left := [name for c, name in names.items() if c not in chosen and api.repo_exists(name)]:
+        logger.warning(
+            "%s still exist, of clients that are not pushed now. Delete them (`HfApi().delete_repo`) to take the "
+            "adapters back.",
+            ", ".join(left),
+        )
 
 
 def _commit(
@@ -498,6 +558,8 @@ class _Remote:
             info = api.repo_info(repo_id, revision=revision)
         except RepositoryNotFoundError:
             return None
+        if info.private and private is False:
+            logger.warning("%s exists and stays private. Its settings on the Hub can make it public.", repo_id)
         if not info.private and private is not False:
             raise ValueError(
                 f"The repository {repo_id} exists and is public. Make it private, choose another one, or say that it "
@@ -590,7 +652,8 @@ class _Saved:
         federation = {**federation, "clients": {client_id: entry}}
         path = self.federation["clients"][client_id]["path"]
         rounds = _only_named(self.rounds, {client_id})
-        return {**self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
+        processing = {name: self.directory / name for name in self.federation["processing_files"]}
+        return {**processing, **self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
 
     def _adapter_files(self, source: str, target: str) -> dict[str, bytes | Path]:
         config = _read_json(self.directory / source / CONFIG, CONFIG)
@@ -614,6 +677,7 @@ class _Saved:
             "base_model": self.federation["hub_base_model"],
             "client_repositories": client_repositories,
             "clients": entries,
+            "results": _summarize_results(self.federation["clients"], named=names),
         }
 
     def _join(
@@ -653,7 +717,7 @@ class _Saved:
                 **there,
                 "shared_sha256": federation["shared_sha256"],
                 "rounds_done": there["rounds_done"] + len(added),
-                "clients": {**there["clients"], **federation["clients"]},
+                "clients": {**others, **federation["clients"]},
                 "num_clients": there["num_clients"] + len(set(federation["clients"]) - known),
             }
         else:
@@ -690,12 +754,14 @@ class _Saved:
 
 
 def _only_named(rounds: Iterable[Mapping[str, Any]], names: set[str]) -> list[dict[str, Any]]:
-    """Rounds in which clients outside of `names` are counted, not named, and their numbers left to the mean."""
+    """Rounds in which clients outside of `names` are counted, not named, and their losses left to the mean."""
     only = []
     for entry in rounds:
-        losses = list(entry["losses"].values())
-        public: dict[str, Any] = {"num_clients": len(losses), "loss": sum(losses) / len(losses), **entry}
         clients = set(entry["clients"])
+        public: dict[str, Any] = {"num_clients": len(clients), **entry}
+        unnamed = clients - names
+        if unnamed and len(unnamed) >= _FEWEST_UNNAMED:
+            public["loss"] = fmean(entry["losses"].values())
         for key, value in entry.items():
             if isinstance(value, Mapping) and value.keys() <= clients:
                 public[key] = {client_id: number for client_id, number in value.items() if client_id in names}
@@ -844,6 +910,11 @@ def load_personalized_model(
         raise ValueError("`client_id` is an empty list. Pass a client id, or several.")
     if merge and len(client_ids) > 1:
         raise ValueError(f"`merge=True` makes one plain model, but `client_id` names {len(client_ids)} clients.")
+    if merge and isinstance(base_model, PeftModel):
+        raise ValueError(
+            "`merge=True` would write this client into the base weights under all adapters of the `PeftModel`. Pass "
+            "the plain base model, or its name."
+        )
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     origin = _Source(source, revision, subfolder, **hub).open()
     adapters = {client_id: origin.adapter(client_id) for client_id in client_ids}
@@ -907,7 +978,7 @@ _REQUIRED = {
     "num_clients",
     "origin",
     "processing_files",
-    "quantized",
+    "quantization_config",
     "root_adapter",
     "rounds_done",
     "share_modules_to_save",
@@ -919,12 +990,12 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{name} is damaged ({error}). Save the federation again.") from error
+        raise ValueError(f"{name} is damaged ({error}). Save or publish the federation again.") from error
 
 
 _MIXTURE = (
     f"{{path}} is missing or is not the file that {FEDERATION} lists, so it may belong to another save or another "
-    "client. Save the federation again."
+    "client. Save or publish the federation again."
 )
 
 
@@ -1054,8 +1125,11 @@ class _Origin:
 
 def _load_base(name: str, federation: Mapping[str, Any], adapter: _Adapter, kwargs: dict[str, Any]) -> PreTrainedModel:
     kwargs.setdefault("dtype", federation["base_dtype"])
-    if federation["quantized"] and "quantization_config" not in kwargs:
-        logger.info("The base model was quantized in training and is not now. Pass `quantization_config` to have it.")
+    if federation["quantization_config"] and "quantization_config" not in kwargs:
+        logger.info(
+            "The base model was quantized in training and is not now. `quantization_config` in %s says how it was.",
+            FEDERATION,
+        )
     kind = _AUTO_CLASSES.get(_as_json(adapter.config.task_type), AutoModelForCausalLM)
     return kind.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
 

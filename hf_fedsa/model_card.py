@@ -1,5 +1,7 @@
 """The model card of a saved or published federation."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
@@ -17,14 +19,16 @@ _CITATION = """\
 }"""
 
 _METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "vera": "VeRA"}
-_PIPELINES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
+# By the adapter's task: the Hub's name for it, and the class of the base model.
+_TASKS = {
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    None: ("text-generation", "AutoModelForCausalLM"),
 }
-_QUANTIZED = """
-The base was quantized in training. Pass the same `quantization_config` to have it quantized again."""
 
 
 def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]], repo_id: str | None) -> str:
@@ -42,11 +46,11 @@ def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str,
     Returns:
         `str`: Markdown with a metadata header.
     """
-    name = federation["card"].get("model_name") or (repo_id or "A federation").split("/")[-1]
+    name = federation["card"].get("model_name") or (repo_id or f"{_method(federation)} federation").split("/")[-1]
     parts = [
         f"---\n{_metadata(federation).to_yaml()}\n---",
         f"# {name}",
-        _introduction(federation),
+        _introduction(federation, "here" if repo_id else "in this folder"),
         _sharing_section(federation, rounds),
         _results_section(federation),
         _loading_section(federation, repo_id or "path/to/this/folder"),
@@ -74,7 +78,7 @@ def _metadata(federation: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag=_PIPELINES.get(federation["task_type"], "text-generation"),
+        pipeline_tag=_TASKS[federation["task_type"]][0],
         language=card.get("language"),
         license=card.get("license"),
         datasets=card.get("dataset_name"),
@@ -83,35 +87,42 @@ def _metadata(federation: Mapping[str, Any]) -> ModelCardData:
     )
 
 
+def _method(federation: Mapping[str, Any]) -> str:
+    return _METHODS.get(federation["method"], federation["method"])
+
+
 def _base_link(federation: Mapping[str, Any]) -> str:
     base = federation["hub_base_model"]
-    if base is None:
-        return "a base model that is not on the Hub"
-    return f"[{base}](https://huggingface.co/{base})"
+    return f"[{base}](https://huggingface.co/{base})" if base else "a base model that is not on the Hub"
 
 
-def _introduction(federation: Mapping[str, Any]) -> str:
-    method = _METHODS.get(federation["method"], federation["method"])
-    number, published = federation["num_clients"], _published(federation)
-    clients = f"{number} client{'s' if number != 1 else ''}"
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _introduction(federation: Mapping[str, Any], where: str) -> str:
+    joined = sum(_joined_later(entry, federation) for entry in federation["clients"].values())
+    number, published = federation["num_clients"], len(_published(federation))
     if federation["client_repositories"]:
-        where = "Each client's adapter is in a private repository of its own."
+        which = "Adapters of clients are in private repositories of their own, named after this one and the client."
     elif not published:
-        where = "No client's adapter is published here."
-    elif len(published) == number:
-        where = "The adapters of all clients are published here."
+        which = f"No client's adapter is {where}."
+    elif published < number:
+        which = f"The {'adapter' if published == 1 else 'adapters'} of {_count(published, 'client')} "
+        which += f"{'is' if published == 1 else 'are'} {where}."
     else:
-        where = f"The adapters of {len(published)} of them are published here."
+        which = f"The {'adapter of the client is' if number == 1 else 'adapters of all clients are'} {where}."
+    which = f"{joined} joined later. {which}" if joined else which
     return (
-        f"{method} adapters of {_base_link(federation)}, trained by {clients} in {federation['rounds_done']} rounds "
-        f"with [FedSA-LoRA]({PAPER}), without pooling their data. {where}"
+        f"{_method(federation)} adapters of {_base_link(federation)}, trained by {_count(number - joined, 'client')} "
+        f"in {_count(federation['rounds_done'], 'round')} of [FedSA-LoRA]({PAPER}), each client on its own rows. "
+        f"{which}"
     )
 
 
 def _sharing_section(federation: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
     shared = ", ".join(f"`{name}`" for name in federation["shared_tensors"])
     local = ", ".join(f"`{name}`" for name in federation["local_tensors"])
-    heads = "are averaged too" if federation["share_modules_to_save"] else "stay with the client"
     lines = [
         "## What was shared",
         "",
@@ -121,95 +132,116 @@ def _sharing_section(federation: Mapping[str, Any], rounds: Sequence[Mapping[str
     ]
     if federation["adapter"].get("modules_to_save"):
         modules = ", ".join(f"`{name}`" for name in federation["adapter"]["modules_to_save"])
+        heads = "are averaged too" if federation["share_modules_to_save"] else "stay with the client"
         lines += ["", f"Modules trained in full ({modules}) {heads}."]
     if rounds:
         last = rounds[-1]
         number = last.get("num_clients", len(last["clients"]))
         lines += [
             "",
-            f"In the last round {number} client{'s' if number != 1 else ''} received {last['bytes_down']:,} bytes and "
-            f"sent {last['bytes_up']:,} bytes in all.",
+            f"In the last round {_count(number, 'client')} received {_count(last['bytes_down'], 'byte')} in total and "
+            f"sent {_count(last['bytes_up'], 'byte')}.",
         ]
     lines += [
         "",
-        "The shared tensors leave the clients. They are computed from the clients' data and carry information about "
-        "it. Keeping the rest is not a privacy guarantee: that takes secure aggregation or differential privacy, "
-        "which were not used here. Whoever publishes a client's complete adapter publishes more than training shared.",
+        "What is shared leaves the clients. It is computed from their data and carries information about it. Keeping "
+        "the rest is not a privacy guarantee: that takes secure aggregation or differential privacy, and hf_fedsa "
+        "applies neither. A client's complete adapter also holds what the client kept back in training.",
     ]
     return "\n".join(lines)
 
 
 def _results_section(federation: Mapping[str, Any]) -> str:
     summary = federation["results"]
-    if not summary:
+    named = {c: entry for c, entry in federation["clients"].items() if entry.get("results")}
+    names = sorted(summary.keys() | {name for entry in named.values() for name in entry["results"]})
+    if not names:
         return ""
-    names = sorted(summary)
-    header = ["client", "training rows", *names]
-    lines = ["## Results", "", f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
-    for client_id, entry in federation["clients"].items():
-        if entry.get("results"):
-            values = [_number(entry["results"].get(name)) for name in names]
-            lines.append(f"| {client_id} | {entry['num_examples']} | {' | '.join(values)} |")
-    for label, key in (
-        ("**mean**", "mean"),
-        ("standard deviation", "std"),
-        ("smallest", "min"),
-        ("largest", "max"),
-    ):
-        lines.append(f"| {label} | | {' | '.join(_number(summary[name][key]) for name in names)} |")
-    number = max(entry["clients"] for entry in summary.values())
-    lines += [
-        "",
-        f"Each client with its own adapter on its own held-out rows, after round {federation['results_after_round']}. "
-        f"Mean and spread are over {number} client{'s' if number != 1 else ''}.",
-    ]
-    if any(entry.get("joined") for entry in federation["clients"].values()):
-        lines[-1] += " Clients that joined later are not counted in them."
-    return "\n".join(lines)
+    lines = ["## Results", "", f"| client | training rows | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for client_id in sorted(named, key=_natural):
+        entry = named[client_id]
+        label = f"{client_id} (joined later)" if _joined_later(entry, federation) else client_id
+        values = [_number(entry["results"].get(name)) for name in names]
+        lines.append(f"| {label} | {_number(entry['num_examples'])} | {' | '.join(values)} |")
+    number = max((entry["clients"] for entry in summary.values()), default=0)
+    labels = {"mean": "**mean**", "std": "standard deviation", "min": "smallest", "max": "largest"}
+    for key, label in labels.items():
+        if number > 1 and all(key in entry for entry in summary.values()):
+            values = [_number(summary.get(name, {}).get(key)) for name in names]
+            lines.append(f"| {label} | | {' | '.join(values)} |")
+    after = federation["results_after_round"]
+    when = f"after {_count(after, 'round')}" if after else "before training"
+    text = f"Each client with its own adapter on its own held-out rows, {when}."
+    if after < federation["rounds_done"]:
+        text += " The adapters were trained further since."
+    if number > 1:
+        text += f" Mean and spread are over {_count(number, 'client')}"
+        text += " of the first training." if any(_joined_later(e, federation) for e in named.values()) else "."
+    return "\n".join([*lines, "", text])
+
+
+def _joined_later(entry: Mapping[str, Any], federation: Mapping[str, Any]) -> bool:
+    return bool(entry.get("joined")) and not all(other.get("joined") for other in federation["clients"].values())
 
 
 def _loading_section(federation: Mapping[str, Any], source: str) -> str:
-    published = _published(federation)
+    published = sorted(_published(federation), key=_natural)
+    base = federation["hub_base_model"]
+    ours = "" if base else ", base_model=base"
     parts = ["## How to load it"]
     if published:
         client_id = published[0]
         path = federation["clients"][client_id]["path"]
         subfolder = f', subfolder="{path}"' if path else ""
-        base = federation["hub_base_model"] or "the base model"
+        kind = _TASKS[federation["task_type"]][1]
         parts += [
             "A client's model, with hf_fedsa:",
             f"```python\nfrom hf_fedsa import load_personalized_model\n\n"
-            f'model = load_personalized_model("{source}", client_id="{client_id}")\n```',
+            f'model = load_personalized_model("{source}", client_id="{client_id}"{ours})\n```',
             "or with PEFT alone:",
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="{federation["base_dtype"]}")\n'
+            f"```python\nfrom peft import PeftModel\nfrom transformers import {kind}\n\n"
+            f"base = {kind}.from_pretrained(\n"
+            f'    "{base or "path/to/the/base/model"}", dtype="{federation["base_dtype"]}"\n)\n'
             f'model = PeftModel.from_pretrained(base, "{source}"{subfolder})\n```',
         ]
-        if federation["quantized"]:
-            parts.append(_QUANTIZED.strip())
+        if federation["quantization_config"]:
+            settings = json.dumps(federation["quantization_config"], indent=2, sort_keys=True)
+            parts.append(
+                "The base was quantized in training. To have it so again, pass to either a `quantization_config` made "
+                f"from\n\n```json\n{settings}\n```"
+            )
+        parts.append(
+            f'`AutoTokenizer.from_pretrained("{source}")` loads the tokenizer.'
+            if federation["processing_files"]
+            else ""
+        )
     elif federation["client_repositories"]:
         parts.append(
             "A client's model, for those who may read its repository:\n\n"
             f"```python\nfrom hf_fedsa import load_personalized_model\n\n"
             f'model = load_personalized_model("{source}", client_id="...")\n```'
         )
-    if not federation["mutates_base"]:
+    # A client's own repository has its adapter at the root, and no shared tensors apart from it.
+    can_be_joined = not published or federation["clients"][published[0]]["path"]
+    if can_be_joined and not federation["mutates_base"] and federation["task_type"] in (None, "CAUSAL_LM"):
+        model = "" if base else ", model=base"
         parts.append(
             "A new client starts from the shared tensors and trains its own:\n\n"
             "```python\nfrom hf_fedsa import FederatedTrainer\n\n"
-            f'newcomer = FederatedTrainer.from_shared("{source}", train_dataset=rows)\nnewcomer.train()\n```'
+            f'newcomer = FederatedTrainer.from_shared("{source}", train_dataset=rows, client_id="..."{model})\n'
+            "newcomer.train()\n```"
         )
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _training_section(federation: Mapping[str, Any]) -> str:
-    adapter = dict(federation["adapter"])
-    if isinstance(adapter.get("target_modules"), list):
-        # PEFT writes "all-linear" out, layer by layer.
-        adapter["target_modules"] = sorted({name.rpartition(".")[2] for name in adapter["target_modules"]})
-    rows = {**adapter, **federation["arguments"]}
+    rows = {**federation["adapter"], **federation["arguments"]}
     lines = ["## Training", "", "| argument | value |", "|---|---|"]
-    lines += [f"| `{name}` | {_cell(value)} |" for name, value in rows.items() if value not in (None, "", [], {})]
+    lines += [
+        f"| `{name}` | {_modules(value) if name == 'target_modules' else _cell(value)} |"
+        for name, value in rows.items()
+        if value is not False and value not in (None, "", [], {})
+    ]
     lines += ["", "Versions: " + ", ".join(f"{name} {v}" for name, v in federation["versions"].items()) + "."]
     return "\n".join(lines)
 
@@ -218,9 +250,27 @@ def _published(federation: Mapping[str, Any]) -> list[str]:
     return [client_id for client_id, entry in federation["clients"].items() if entry.get("path") is not None]
 
 
+def _natural(client_id: str) -> list[tuple[int, str]]:
+    """Orders `client_2` before `client_10`."""
+    return [(int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", client_id)]
+
+
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _modules(names: Any) -> str:
+    """Module names, without the layers where all layers have the same. PEFT writes "all-linear" out layer by layer."""
+    if not isinstance(names, list):
+        return _cell(names)
+    last = sorted({name.rpartition(".")[2] for name in names})
+    layers = {re.sub(r"\D", " ", name).split()[0] for name in names if re.search(r"\d", name)}
+    whole = layers and len(names) == len(last) * len(layers)
+    return f"{_cell(last)} in {_count(len(layers), 'layer')}" if whole else _cell(names)
 
 
 def _cell(value: Any) -> str:
-    return ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else f"`{value}`"
+    text = ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else f"`{value}`"
+    return text.replace("|", "\\|")

@@ -42,7 +42,7 @@ from . import hub
 from .aggregation import WeightedMean
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
-from .model_card import make_model_card, summarize
+from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
@@ -946,7 +946,8 @@ class FederatedMixin:
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps the metrics of clients for the model card."""
-        speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
+        speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
+        left_out = {"epoch", *(f"eval_{name}" for name in speed)}
         progress = self._progress
         if progress.results_after_round != progress.rounds_done:
             progress.results = {}
@@ -954,9 +955,9 @@ class FederatedMixin:
         for client_id, metrics in results.items():
             if client_id in self._rows_of:
                 progress.results[client_id] = {
-                    name: value
+                    name: value if math.isfinite(value) else None
                     for name, value in metrics.items()
-                    if isinstance(value, (int, float)) and name not in (*speed, "epoch")
+                    if isinstance(value, (int, float)) and name not in left_out
                 }
 
     def _prepare_eval_clients(self, eval_dataset: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
@@ -1021,14 +1022,10 @@ class FederatedMixin:
         for client_id in self.client_ids:
             clients[client_id] = {
                 "num_examples": len(self._rows_of[client_id]),
-                "last_round": progress.last_round.get(client_id),
+                "last_round": progress.last_round.get(client_id) if self._origin is None else None,
                 "results": progress.results.get(client_id, {}),
                 "joined": self._origin is not None,
             }
-        by_name: dict[str, list[float]] = {}
-        for metrics in progress.results.values():
-            for name, value in metrics.items():
-                by_name.setdefault(name, []).append(value)
         summary = {
             "rounds_done": progress.rounds_done,
             "num_rounds": self.args.rounds,
@@ -1038,10 +1035,13 @@ class FederatedMixin:
             "origin": self._origin,
             "root_adapter": not self._names_clients,
             "hub_base_model": self.args.hub_base_model,
-            "results": {name: summarize(values) for name, values in by_name.items()},
             "results_after_round": progress.results_after_round,
-            "arguments": {name: getattr(self.args, name) for name in _ARGUMENTS_IN_CARD if hasattr(self.args, name)},
+            "arguments": {
+                "num_rounds": self.args.rounds,
+                **{name: getattr(self.args, name) for name in _ARGUMENTS_IN_CARD},
+            },
             "card": self._card,
+            "processing_files": [],
             "clients": clients,
         }
         return hub.describe_federation(
@@ -1814,7 +1814,6 @@ def _split_by_client(dataset: Dataset, column: str) -> dict[str, Dataset]:
 
 # Arguments that the model card lists: those that change what is learned, and none that tells of the machine.
 _ARGUMENTS_IN_CARD = (
-    "num_train_epochs",
     "local_steps",
     "local_epochs",
     "clients_per_round",

@@ -118,7 +118,7 @@ class TestDerived:
             "client_column": "client_id",
             "eval_unseen_clients": False,
             "hub_clients": None,
-            "hub_client_repositories": False,
+            "hub_client_repositories": None,
             "hub_name_clients": False,
             "hub_base_model": None,
         }
