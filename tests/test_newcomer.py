@@ -283,6 +283,27 @@ class TestPushing:
         anew.push_to_hub(REPO, clients="all")
         load_personalized_model(REPO, "client_0")
 
+    def test_taken_back_it_is_gone(self, published, hub, tmp_path):
+        newcomer = join(REPO, tmp_path / "new", client_id="clinic")
+        newcomer.train()
+        newcomer.push_to_hub(REPO, clients=["clinic"])
+        newcomer.push_to_hub(REPO, clients="none")
+        assert list_clients(REPO) == ["client_0", "client_1", "client_2"]
+        assert b"clinic" not in b"".join(hub.files(REPO).values())
+        join(REPO, tmp_path / "next", init_local="mean")
+
+    def test_where_clients_have_private_repositories_so_has_the_newcomer(self, hub, base_dir, tmp_path):
+        federation = train_federation(base_dir, tmp_path / "federation", hub_client_repositories=True)
+        federation.push_to_hub(REPO, clients="all", private=False)
+        newcomer = join(REPO, tmp_path / "new", client_id="clinic")
+        newcomer.train()
+        with pytest.raises(ValueError, match="exists and is public"):
+            newcomer.push_to_hub(REPO, clients=["clinic"])
+        newcomer.push_to_hub(REPO, clients=["clinic"], private=False)
+        assert hub.repos[f"{REPO}-clinic"].private
+        assert b"clinic" not in b"".join(hub.files(REPO).values())
+        load_personalized_model(REPO, "clinic")
+
     def test_into_a_repository_of_its_own(self, published, hub, tmp_path):
         newcomer = join(REPO, tmp_path / "new", client_id="clinic")
         newcomer.train()

@@ -138,6 +138,12 @@ class TestLayout:
         with pytest.raises(ValueError, match="private repositories.*client_1"):
             load_personalized_model(REPO, "client_1")
 
+    def test_repositories_of_clients_that_are_left_out_are_pointed_out(self, make_trainer, hub, caplog):
+        trainer = make_trainer(hub_client_repositories=True)
+        trainer.push_to_hub(REPO, clients="all")
+        trainer.push_to_hub(REPO, clients=["client_1"])
+        assert f"{REPO}-client_0, {REPO}-client_2 still exist" in caplog.text
+
     def test_a_clients_repository_is_never_public(self, make_trainer, hub):
         trainer = make_trainer(hub_client_repositories=True, hub_private_repo=False)
         hub.put(f"{REPO}-client_0", {"README.md": b"---\n---\n"})
@@ -201,6 +207,24 @@ class TestChoice:
         sent = b"".join(content for _, content in contents)
         assert all(values in sent for values in published)
         assert not any(values in sent for _, values in hidden)
+
+    @pytest.mark.parametrize(("clients", "published"), [(3, 1), (5, 2), (4, 1)])
+    def test_numbers_of_unnamed_clients_cannot_be_computed(self, make_trainer, hub, clients, published):
+        trainer = make_trainer(clients=clients)
+        trainer.train()
+        metrics = trainer.evaluate()
+        names = trainer.client_ids[:published]
+        trainer.push_to_hub(REPO, clients=names)
+        federation = json.loads(hub.files(REPO)["federation.json"])
+        results = federation["results"]["eval_loss"]
+        unnamed = clients - published
+        assert results["clients"] == (published if unnamed < 3 else clients)
+        assert ("min" in results) == (unnamed < 3)
+        hidden = {name: metrics[f"eval_{name}_loss"] for name in trainer.client_ids[published:]}
+        rest = results["mean"] * results["clients"] - sum(metrics[f"eval_{name}_loss"] for name in names)
+        assert all(abs(rest - loss) > 1e-3 for loss in hidden.values())
+        for line in hub.files(REPO)["rounds.jsonl"].splitlines():
+            assert ("loss" in json.loads(line)) == (unnamed >= 3)
 
     def test_only_the_shared_tensors(self, trained, hub):
         trained.push_to_hub(REPO, clients="none")
@@ -608,6 +632,36 @@ class TestLoading:
             assert difference(again, inputs, expected) < 1e-5
 
 
+class TestTampered:
+    """A `federation.json` may come from anyone."""
+
+    @pytest.mark.parametrize("path", ["../../secrets", "/etc", "clients/client_1", "shared"])
+    def test_an_adapter_elsewhere(self, trained, tmp_path, path):
+        trained.save_model()
+        file = tmp_path / "out" / "federation.json"
+        federation = json.loads(file.read_text())
+        federation["clients"]["client_0"]["path"] = path
+        file.write_text(json.dumps(federation))
+        with pytest.raises(ValueError, match="the adapter of 'client_0' is said to be in"):
+            load_personalized_model(tmp_path / "out", "client_0")
+
+    @pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd"])
+    def test_files_outside_of_the_folder_are_not_pushed(self, trained, hub, tmp_path, name):
+        trained.save_model()
+        file = tmp_path / "out" / "federation.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "processing_files": [name]}))
+        hub.requests.clear()
+        with pytest.raises(ValueError, match="names files outside of its folder"):
+            push_federation(tmp_path / "out", REPO, clients="all")
+        assert hub.requests == []
+
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"clients": {}}'])
+    def test_another_format(self, tmp_path, content):
+        (tmp_path / "federation.json").write_text(content)
+        with pytest.raises(ValueError, match="was not written by this version"):
+            list_clients(tmp_path)
+
+
 class TestManyClients:
     NAMES = ("client_1", "client_10", "a.b", "lora-lab", "0", "q_proj", "keys", "veracity")
 
@@ -660,6 +714,13 @@ class TestManyClients:
         model = load_personalized_model(source, "client_1")
         load_personalized_model(other, "client_1", base_model=model)
         assert difference(model, inputs, expected) < 1e-5
+
+    def test_a_client_is_not_merged_under_the_others(self, served, inputs):
+        source, logits = served
+        model = load_personalized_model(source, ["a.b", "0"])
+        with pytest.raises(ValueError, match="`merge=True`.*under all adapters"):
+            load_personalized_model(source, "0", base_model=model, merge=True)
+        assert difference(model, inputs, logits["a.b"]) < 1e-5
 
     def test_several_cannot_be_merged_into_one(self, served):
         with pytest.raises(ValueError, match="`merge=True` makes one plain model"):
