@@ -80,6 +80,8 @@ _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
 # Fields of an adapter's config that say nothing about the adapter, and those that mattered while it trained alone.
 _INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
 _OF_TRAINING = ("init_lora_weights", "init_weights", "lora_dropout", "vera_dropout")
+# Settings of initialisations. They name files of this machine, and nothing after the initialisation reads them.
+_OF_INITIALISATION = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 
 
 # Saving
@@ -117,11 +119,9 @@ def describe_federation(
     kinds = {part for key in adapter_tensors(model, adapter_name) for part in key.split(".")}
     return {
         **summary,
-        "hub_base_model": summary["hub_base_model"] or _name_on_hub(name),
         "method": method.name,
         "task_type": _as_json(config.task_type),
         "base_model": name,
-        "base_revision": getattr(base.config, "_commit_hash", None),
         "base_dtype": str(base.dtype).removeprefix("torch."),
         "quantization_config": _quantization(base),
         "mutates_base": mutates_base(config),
@@ -140,15 +140,19 @@ def describe_federation(
     }
 
 
-def _name_on_hub(name: str | None) -> str | None:
-    """The name of a base model if it can be one of the Hub's, and not a folder of this machine, there or gone."""
-    if not name or os.path.isabs(name) or os.path.isdir(name):
+def name_on_hub(base_model: str | None) -> str | None:
+    """
+    The name of a base model if it is one of the Hub's. That of a folder on this machine is nobody else's business.
+
+    To be asked where and when the model was loaded: a folder may be gone later, and its name look like a repository's.
+    """
+    if not base_model or os.path.isabs(base_model) or os.path.isdir(base_model):
         return None
     try:
-        validate_repo_id(name)
+        validate_repo_id(base_model)
     except HFValidationError:
         return None
-    return name
+    return base_model
 
 
 # Numbers of so few unnamed clients would follow from a mean and the numbers of the named ones.
@@ -157,17 +161,19 @@ _FEWEST_UNNAMED = 3
 
 def _summarize_results(clients: Mapping[str, Mapping[str, Any]], named: Iterable[str]) -> dict[str, dict[str, float]]:
     """Mean and spread of each metric over the clients: all of them, or the named ones if few others are behind it."""
-    unnamed = clients.keys() - set(named)
-    few = 0 < len(unnamed) < _FEWEST_UNNAMED
-    by_name: dict[str, list[float]] = {}
-    for client_id, entry in clients.items():
-        for name, value in entry["results"].items():
-            if value is not None and not (few and client_id in unnamed):
-                by_name.setdefault(name, []).append(value)
-    summary = {name: summarize(values) for name, values in by_name.items()}
-    if unnamed and not few:
-        for entry in summary.values():
-            del entry["min"], entry["max"]  # Each is the number of one client.
+    named = set(named)
+    summary = {}
+    for name in sorted({name for entry in clients.values() for name in entry["results"]}):
+        values = {c: entry["results"].get(name) for c, entry in clients.items()}
+        values = {client_id: value for client_id, value in values.items() if value is not None}
+        unnamed = values.keys() - named
+        if len(unnamed) < _FEWEST_UNNAMED:
+            values = {client_id: value for client_id, value in values.items() if client_id in named}
+        if not values:
+            continue
+        summary[name] = summarize(list(values.values()))
+        if len(unnamed) >= _FEWEST_UNNAMED:
+            del summary[name]["min"], summary[name]["max"]  # Each is the number of one client.
     return summary
 
 
@@ -266,7 +272,10 @@ def _quantization(base: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def _config_dict(config: PeftConfig) -> dict[str, Any]:
-    return {key: _as_json(value) for key, value in config.to_dict().items()}
+    defaults = type(config)().to_dict()
+    return {
+        key: _as_json(defaults[key] if key in _OF_INITIALISATION else value) for key, value in config.to_dict().items()
+    }
 
 
 def _adapter_summary(config: PeftConfig) -> dict[str, Any]:
@@ -362,6 +371,8 @@ def check_repository(
     private: bool | None,
     token: str | None,
     revision: str | None,
+    clients: Sequence[str] = (),
+    client_repositories: bool | None = None,
     model: PeftModel | None = None,
     hub_base_model: str | None = None,
 ) -> None:
@@ -369,12 +380,12 @@ def check_repository(
     Checks before training that a repository can be pushed to after it.
 
     Args:
-        repo_id, private, token, revision:
+        repo_id, private, token, revision, clients, client_repositories:
             See [`push_federation`].
         model ([`~peft.PeftModel`], *optional*):
             Model whose adapter would be pushed. Without it, only the permissions are checked.
         hub_base_model (`str`, *optional*):
-            Id of the base model, where it was loaded from a local folder.
+            Id of the base model on the Hub.
 
     Raises:
         `ValueError`: the repository is public, or holds another model or a federation of another kind.
@@ -382,15 +393,14 @@ def check_repository(
     """
     api = _api(token)
     repo_id = _full_name(api, repo_id)
-    remote = _Remote.read(api, repo_id, revision=revision, private=private)
-    if remote is None:
-        api.create_repo(repo_id, private=private is not False, exist_ok=True)
-    elif model is None:
+    remote = _existing(api, repo_id, revision=revision, private=private)
+    if model is None:
         api.auth_check(repo_id, write=True)
+        if client_repositories or (remote.federation is not None and remote.federation["client_repositories"]):
+            _check_client_repositories(api, [f"{repo_id}-{client_id}" for client_id in clients])
     elif remote.federation is not None:
         config = _config_to_save(model, model.active_adapter)
-        base_model = hub_base_model or _name_on_hub(config.base_model_name_or_path)
-        _check_same_adapter(base_model, _config_dict(config), remote, repo_id)
+        remote.check_same_adapter(hub_base_model, _config_dict(config), repo_id)
 
 
 def _api(token: str | None) -> HfApi:
@@ -453,60 +463,104 @@ def push_federation(
             a federation with another base, adapter or A.
         [`~huggingface_hub.errors.HfHubHTTPError`]: the Hub refused, e.g. for want of permission.
     """
-    saved = _Saved.read(Path(directory))
-    chosen = choose_clients(clients, list(saved.federation["clients"]))
+    saved = read_saved(directory)
+    return push_saved(
+        saved,
+        repo_id,
+        clients=choose_clients(clients, saved.client_ids),
+        client_repositories=client_repositories,
+        name_clients=name_clients,
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message,
+    )
+
+
+def read_saved(directory: str | Path) -> "_Saved":
+    """Reads what is to be pushed from a folder. Raises `ValueError` if its files are not of one save."""
+    return _Saved.read(Path(directory))
+
+
+def push_saved(
+    saved: "_Saved",
+    repo_id: str,
+    *,
+    clients: Sequence[str],
+    client_repositories: bool | None,
+    name_clients: bool,
+    private: bool | None,
+    token: str | None,
+    revision: str | None,
+    commit_message: str,
+) -> CommitInfo:
+    """[`push_federation`] of a folder that has been read, with ids alone as `clients`."""
     api = _api(token)
     repo_id = _full_name(api, repo_id)
     if not saved.federation["hub_base_model"]:
         logger.warning(
-            "The base model %r is a local folder, so others cannot find it by its name, and the name is left out of "
-            "what is pushed. Set `hub_base_model` to its id on the Hub.",
+            "The base model %r was not loaded from the Hub, where others could find it, so its name is not pushed. "
+            "Set `hub_base_model` to its id there.",
             saved.federation["base_model"],
         )
-    remote = _Remote.read(api, repo_id, revision=revision, private=private)
+    there = _Remote.read(api, repo_id, revision=revision, private=private)
     if client_repositories is None:
-        there = remote.federation if remote is not None else None
-        client_repositories = there is not None and there["client_repositories"]
-    if client_repositories:
-        _push_to_client_repositories(api, saved, repo_id, chosen, commit_message)
-    attempts = 3
-    while True:
-        remote = _Remote.read(api, repo_id, revision=revision, private=private)
-        files, deleted = saved.files(
+        client_repositories = bool(there and there.federation and there.federation["client_repositories"])
+
+    def plan(remote: _Remote) -> tuple[dict[str, bytes | Path], list[CommitOperationDelete]]:
+        return saved.files(
+            remote,
             repo_id=repo_id,
-            published=[] if client_repositories else chosen,
+            published=clients,
             name_clients=name_clients,
             client_repositories=client_repositories,
-            remote=remote,
         )
+
+    if there is not None:
+        plan(there)  # What cannot be joined is refused before anything is uploaded.
+    if client_repositories:
+        _push_to_client_repositories(api, saved, repo_id, clients, commit_message)
+    attempts = 3
+    while True:
+        remote = _existing(api, repo_id, revision=revision, private=private)
+        files, deleted = plan(remote)
         try:
-            return _commit(
-                api,
-                repo_id,
-                files,
-                deleted=deleted,
-                remote=remote,
-                private=private is not False,
-                revision=revision,
-                message=commit_message,
-            )
+            commit = _commit(api, repo_id, files, deleted, remote=remote, revision=revision, message=commit_message)
         except HfHubHTTPError as error:
             # Someone else, e.g. a newcomer, has pushed since the repository was read, so there is more to join.
             attempts -= 1
             if error.response.status_code != 412 or attempts == 0:
                 raise
+        else:
+            saved.pushed.update(entry["sha256"] for entry in saved.federation["clients"].values() if entry["sha256"])
+            return commit
+
+
+def _existing(api: HfApi, repo_id: str, *, revision: str | None, private: bool | None) -> "_Remote":
+    """Reads a repository, after creating it if need be."""
+    remote = _Remote.read(api, repo_id, revision=revision, private=private)
+    if remote is None:
+        api.create_repo(repo_id, private=private is not False, exist_ok=True)
+        remote = _Remote.read(api, repo_id, revision=revision, private=private)
+    return remote
 
 
 def _push_to_client_repositories(
     api: HfApi, saved: "_Saved", repo_id: str, chosen: Sequence[str], message: str
 ) -> None:
-    names = {client_id: f"{repo_id}-{client_id}" for client_id in saved.federation["clients"]}
+    names = {client_id: f"{repo_id}-{client_id}" for client_id in saved.client_ids}
+    _check_client_repositories(api, [names[client_id] for client_id in chosen])
+    config = _read_json(saved.directory / "shared" / CONFIG, CONFIG)
     for client_id in chosen:
-        validate_repo_id(names[client_id])
-    remotes = {c: _Remote.read(api, names[c], revision=None, private=True) for c in chosen}
-    for client_id, remote in remotes.items():
+        remote = _Remote.read(api, names[client_id], revision=None, private=True)
+        if remote is not None and remote.federation is not None:
+            if list(remote.federation["clients"]) != [client_id] or remote.federation["clients"][client_id]["path"]:
+                raise ValueError(f"The repository {names[client_id]} exists and holds another federation. Rename it.")
+            remote.check_same_adapter(saved.federation["hub_base_model"], config, names[client_id], path="")
+    for client_id in chosen:
+        remote = _existing(api, names[client_id], revision=None, private=True)
         files = saved.client_repository_files(client_id, repo_id=names[client_id])
-        _commit(api, names[client_id], files, remote=remote, private=True, revision=None, message=message)
+        _commit(api, names[client_id], files, [], remote=remote, revision=None, message=message)
     if left := [name for c, name in names.items() if c not in chosen and api.repo_exists(name)]:
         logger.warning(
             "%s still exist, of clients that are not pushed now. Delete them (`HfApi().delete_repo`) to take the "
@@ -515,29 +569,26 @@ def _push_to_client_repositories(
         )
 
 
+def _check_client_repositories(api: HfApi, names: Sequence[str]) -> None:
+    for name in names:
+        validate_repo_id(name)
+    for name in names:
+        _Remote.read(api, name, revision=None, private=True)
+
+
 def _commit(
     api: HfApi,
     repo_id: str,
     files: Mapping[str, bytes | Path],
+    deleted: Sequence[CommitOperationDelete],
     *,
-    remote: "_Remote | None",
-    private: bool,
+    remote: "_Remote",
     revision: str | None,
     message: str,
-    deleted: Sequence[str] = (),
 ) -> CommitInfo:
-    if remote is None:
-        api.create_repo(repo_id, private=private, exist_ok=True)
-    operations = [
-        *(CommitOperationDelete(path_in_repo=f"{folder}/", is_folder=True) for folder in deleted),
-        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()),
-    ]
+    added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=message,
-        revision=revision,
-        parent_commit=remote.head if remote is not None else None,
+        repo_id, [*deleted, *added], commit_message=message, revision=revision, parent_commit=remote.head
     )
 
 
@@ -548,7 +599,6 @@ class _Remote:
     head: str
     federation: dict[str, Any] | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
     fetch: Callable[[str], Path] | None = None
 
     @classmethod
@@ -579,9 +629,23 @@ class _Remote:
 
         federation = _read_federation(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
         rounds = _read_rounds(fetch(ROUNDS)) if ROUNDS in paths else []
-        config_path = f"shared/{CONFIG}"
-        config = _read_json(fetch(config_path), config_path) if config_path in paths else {}
-        return cls(info.sha, federation, rounds, config, fetch)
+        return cls(info.sha, federation, rounds, fetch)
+
+    def check_same_adapter(
+        self, base_model: str | None, config: Mapping[str, Any], repo_id: str, path: str = "shared"
+    ) -> None:
+        """Raises `ValueError` if the repository's adapters are of another base model or another config."""
+        ours, theirs = _comparable(config), _comparable(_read_json(self.fetch(_join_path(path, CONFIG)), CONFIG))
+        if path == "" and self.federation["mutates_base"]:
+            return  # A client's adapter has twice the rank then.
+        if base_model and self.federation["base_model"]:
+            ours["base_model"], theirs["base_model"] = base_model, self.federation["base_model"]
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                raise ValueError(
+                    f"The repository {repo_id} holds a federation of another kind: its `{key}` is "
+                    f"{theirs.get(key)!r}, this one's is {ours.get(key)!r}. Push to another repository."
+                )
 
 
 @dataclass
@@ -592,64 +656,90 @@ class _Saved:
     federation: dict[str, Any]
     rounds: list[dict[str, Any]]
     shared: dict[str, torch.Tensor]
+    # Hashes of the clients' files that this process has pushed: of these it knows that they are its own.
+    pushed: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls, directory: Path) -> "_Saved":
         federation = read_federation(directory)
-        rounds = _read_rounds(directory / ROUNDS)
+        # A run that goes on, or starts anew, in the same folder adds rounds that the saved adapters are not of.
+        rounds = _read_rounds(directory / ROUNDS)[: federation["rounds_done"]]
         shared = _load_checked(directory / "shared" / WEIGHTS)
         if tensors_sha256(shared) != federation["shared_sha256"]:
             raise ValueError(_MIXTURE.format(path=directory / "shared" / WEIGHTS))
+        if rounds and rounds[-1]["shared_sha256"] != federation["shared_sha256"]:
+            raise ValueError(_MIXTURE.format(path=directory / ROUNDS))
         for entry in federation["clients"].values():
-            path = directory / entry["path"] / WEIGHTS
-            if not path.is_file() or file_sha256(path) != entry["sha256"]:
-                raise ValueError(_MIXTURE.format(path=path))
+            if entry["path"] is not None:
+                path = directory / entry["path"] / WEIGHTS
+                if not path.is_file() or file_sha256(path) != entry["sha256"]:
+                    raise ValueError(_MIXTURE.format(path=path))
         return cls(directory, federation, rounds, shared)
+
+    @property
+    def client_ids(self) -> list[str]:
+        """Clients whose adapters are here."""
+        return [client_id for client_id, entry in self.federation["clients"].items() if entry["path"] is not None]
 
     def files(
         self,
+        remote: _Remote,
         *,
         repo_id: str,
         published: Sequence[str],
         name_clients: bool,
         client_repositories: bool,
-        remote: _Remote | None,
-    ) -> tuple[dict[str, bytes | Path], list[str]]:
-        """What the repository is to hold, and the folders to delete from it."""
+    ) -> tuple[dict[str, bytes | Path], list[CommitOperationDelete]]:
+        """What the repository is to hold, and what is to be deleted from it."""
+        here = [] if client_repositories else published
         files: dict[str, bytes | Path] = {name: self.directory / name for name in self.federation["processing_files"]}
         files |= self._adapter_files("shared", "shared")
-        for client_id in published:
+        for client_id in here:
             path = self.federation["clients"][client_id]["path"]
             files |= self._adapter_files(path, path)
-        if self.federation["root_adapter"] and published:
-            files |= self._adapter_files("", "")
-        names = list(self.federation["clients"]) if name_clients else published
-        federation = self._published_federation(names, published, client_repositories)
+        root = self.federation["root_adapter"] if self.federation["root_adapter"] in here else None
+        if root is not None:
+            files |= self._adapter_files(self.federation["clients"][root]["path"], "")
+        names = list(self.federation["clients"]) if name_clients else here
+        federation = self._published_federation(names, here)
+        federation |= {"client_repositories": client_repositories, "root_adapter": root}
+        if client_repositories:
+            for client_id in set(names) & set(published):
+                federation["clients"][client_id]["repository"] = f"{repo_id}-{client_id}"
         rounds = _only_named(self.rounds, set(names))
-        deleted: list[str] = []
-        if remote is not None and remote.federation is not None:
+        deleted: list[CommitOperationDelete] = []
+        if remote.federation is not None:
             federation, rounds, carried = self._join(federation, rounds, remote, repo_id)
             files |= carried
-            deleted = [
-                entry["path"]
-                for client_id, entry in remote.federation["clients"].items()
-                if client_id in self.federation["clients"] and client_id not in published and entry.get("path")
-            ]
-            if deleted:
-                logger.warning(
-                    "%s no longer publishes %s. Earlier revisions of it still do: delete the repository, or squash "
-                    "its history, to take them back.",
-                    repo_id,
-                    ", ".join(deleted),
-                )
+            deleted = self._deletions(remote, federation, repo_id)
         files |= _descriptions(federation, rounds, repo_id)
         return files, deleted
 
+    def _deletions(self, remote: _Remote, federation: Mapping[str, Any], repo_id: str) -> list[CommitOperationDelete]:
+        """Adapters that the repository holds and is not to hold any more."""
+        folders = [
+            entry["path"]
+            for client_id, entry in remote.federation["clients"].items()
+            if entry["path"] and not federation["clients"].get(client_id, {}).get("path")
+        ]
+        if folders:
+            logger.warning(
+                "%s no longer publishes %s. Earlier revisions of it still do: delete the repository, or squash its "
+                "history, to take them back.",
+                repo_id,
+                ", ".join(folders),
+            )
+        root = [CONFIG, WEIGHTS] if remote.federation["root_adapter"] and not federation["root_adapter"] else []
+        return [
+            *(CommitOperationDelete(path_in_repo=f"{folder}/", is_folder=True) for folder in folders),
+            *(CommitOperationDelete(path_in_repo=name) for name in root),
+        ]
+
     def client_repository_files(self, client_id: str, repo_id: str) -> dict[str, bytes | Path]:
         """What a client's own repository is to hold."""
-        federation = self._published_federation([client_id], [client_id], client_repositories=False)
+        federation = self._published_federation([client_id], [client_id])
         entry = {**federation["clients"][client_id], "path": ""}
-        federation = {**federation, "clients": {client_id: entry}}
+        federation |= {"client_repositories": False, "root_adapter": None, "clients": {client_id: entry}}
         path = self.federation["clients"][client_id]["path"]
         rounds = _only_named(self.rounds, {client_id})
         processing = {name: self.directory / name for name in self.federation["processing_files"]}
@@ -664,18 +754,17 @@ class _Saved:
             _join_path(target, WEIGHTS): self.directory / source / WEIGHTS,
         }
 
-    def _published_federation(
-        self, names: Sequence[str], published: Sequence[str], client_repositories: bool
-    ) -> dict[str, Any]:
+    def _published_federation(self, names: Sequence[str], published: Sequence[str]) -> dict[str, Any]:
         entries = {}
         for client_id in names:
             entry = self.federation["clients"][client_id]
-            here = client_id in published
-            entries[client_id] = entry if here else {**entry, "path": None, "sha256": None}
+            entries[client_id] = dict(entry) if client_id in published else {**entry, "path": None, "sha256": None}
+        origin = self.federation["origin"]
         return {
             **self.federation,
             "base_model": self.federation["hub_base_model"],
-            "client_repositories": client_repositories,
+            # The names of the clients it was joined from are not this federation's to publish.
+            "origin": origin and {key: value for key, value in origin.items() if key != "clients"},
             "clients": entries,
             "results": _summarize_results(self.federation["clients"], named=names),
         }
@@ -691,18 +780,19 @@ class _Saved:
         """
         there = remote.federation
         config = _read_json(self.directory / "shared" / CONFIG, CONFIG)
-        _check_same_adapter(federation["base_model"], config, remote, repo_id)
+        remote.check_same_adapter(federation["base_model"], config, repo_id)
         # Not the clients of a federation that was trained anew: their B would be joined with an A they never saw.
         lineage = {self.federation["initial_shared_sha256"], *(entry["shared_sha256"] for entry in self.rounds)}
         descends = there["shared_sha256"] in lineage
         others = {c: entry for c, entry in there["clients"].items() if c not in self.federation["clients"]}
         newcomer = self.federation["origin"] is not None
-        if (others or newcomer) and not descends:
+        if (others or newcomer or there["returned_rounds"]) and not descends:
             what = f"clients that this federation does not know ({', '.join(others)})" if others else "a federation"
             raise ValueError(
                 f"{repo_id} holds {what}, with an A that this one was not trained from. Start again from what is "
                 "there now (`FederatedTrainer.from_shared`), or push to another repository."
             )
+        self._check_names(there, repo_id)
         carried: dict[str, bytes | Path] = {}
         if there["shared_sha256"] != self.federation["shared_sha256"]:
             for client_id, entry in others.items():
@@ -717,6 +807,7 @@ class _Saved:
                 **there,
                 "shared_sha256": federation["shared_sha256"],
                 "rounds_done": there["rounds_done"] + len(added),
+                "returned_rounds": there["returned_rounds"] + len(added),
                 "clients": {**others, **federation["clients"]},
                 "num_clients": there["num_clients"] + len(set(federation["clients"]) - known),
             }
@@ -727,6 +818,19 @@ class _Saved:
                 "num_clients": federation["num_clients"] + len(others),
             }
         return federation, rounds, carried
+
+    def _check_names(self, there: Mapping[str, Any], repo_id: str) -> None:
+        """Raises `ValueError` if a client of the repository has the name of one of these, and is another."""
+        known = set(self.federation["origin"]["clients"]) if self.federation["origin"] is not None else set()
+        for client_id, entry in self.federation["clients"].items():
+            other = there["clients"].get(client_id)
+            if other is None or client_id in known or other["sha256"] in {*self.pushed, entry["sha256"]}:
+                continue
+            if other["joined"] or entry["joined"]:
+                raise ValueError(
+                    f"{repo_id} already holds a client called {client_id!r} that this federation did not put there. "
+                    "Give one of them another name."
+                )
 
     def _with_new_shared(self, client_id: str, entry: dict[str, Any], remote: _Remote) -> dict[str, bytes | Path]:
         """A client's complete adapter with this federation's A in place of the one it had. Updates its `entry`."""
@@ -748,7 +852,7 @@ class _Saved:
         content = to_safetensors(tensors, metadata={"format": "pt"})
         entry["sha256"] = sha256(content).hexdigest()
         files: dict[str, bytes | Path] = {_join_path(entry["path"], WEIGHTS): content}
-        if remote.federation["root_adapter"]:
+        if remote.federation["root_adapter"] == client_id:
             files[WEIGHTS] = content
         return files
 
@@ -779,18 +883,6 @@ def _descriptions(
         ROUNDS: _jsonl(rounds).encode(),
         CARD: make_model_card(federation, rounds, repo_id).encode(),
     }
-
-
-def _check_same_adapter(base_model: str | None, config: Mapping[str, Any], remote: _Remote, repo_id: str) -> None:
-    ours, theirs = _comparable(config), _comparable(remote.config)
-    if base_model and remote.federation["base_model"]:
-        ours["base_model"], theirs["base_model"] = base_model, remote.federation["base_model"]
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise ValueError(
-                f"The repository {repo_id} holds a federation of another kind: its `{key}` is {theirs.get(key)!r}, "
-                f"this one's is {ours.get(key)!r}. Push to another repository."
-            )
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -839,7 +931,7 @@ def list_clients(
     return [
         client_id
         for client_id, entry in federation["clients"].items()
-        if entry["path"] is not None or federation["client_repositories"]
+        if entry["path"] is not None or entry.get("repository")
     ]
 
 
@@ -952,8 +1044,10 @@ def _read_federation(path: Path, name: str) -> dict[str, Any]:
     missing = sorted(_REQUIRED - federation.keys()) if isinstance(federation, dict) else sorted(_REQUIRED)
     if missing:
         raise ValueError(f"{name} has no `{missing[0]}`, so it was not written by this version of hf_fedsa.")
-    if any(Path(file).is_absolute() or ".." in Path(file).parts for file in federation["processing_files"]):
-        raise ValueError(f"{name} is damaged: `processing_files` names files outside of its folder.")
+    for file in map(Path, federation["processing_files"]):
+        elsewhere = file.is_absolute() or ".." in file.parts or file.parts[0] in ("clients", "shared")
+        if elsewhere or file.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors"):
+            raise ValueError(f"{name} is damaged: {str(file)!r} is no file of a tokenizer or processor.")
     validate_client_ids(federation["clients"])
     for client_id, entry in federation["clients"].items():
         path = entry.get("path")
@@ -979,6 +1073,7 @@ _REQUIRED = {
     "origin",
     "processing_files",
     "quantization_config",
+    "returned_rounds",
     "root_adapter",
     "rounds_done",
     "share_modules_to_save",
@@ -1071,9 +1166,8 @@ class _Source:
         if self.is_local:
             return _Origin(self, federation)
         # In the Hub's cache, files lie under `snapshots/<commit>/`.
-        parts = path.parts
-        commit = parts[len(parts) - 1 - parts[::-1].index("snapshots") + 1]
-        return _Origin(replace(self, revision=commit), federation)
+        depth = len(Path(_join_path(self.subfolder or "", FEDERATION)).parts)
+        return _Origin(replace(self, revision=path.parents[depth - 1].name), federation)
 
 
 @dataclass(frozen=True)
@@ -1108,12 +1202,18 @@ class _Origin:
     def _from_client_repository(self, client_id: str) -> _Adapter:
         source = replace(self.source, location=f"{self.source.location}-{client_id}", revision=None, subfolder=None)
         try:
-            return source.open().adapter(client_id)
+            own = source.open()
         except RepositoryNotFoundError as error:
             raise ValueError(
                 f"The clients of {self.source.location} have private repositories of their own. There is no "
                 f"{source.location}, or this token may not read it."
             ) from error
+        if own.federation["shared_sha256"] != self.federation["shared_sha256"]:
+            raise ValueError(
+                f"{source.location} holds the adapter of another push than {self.source.location} does at this "
+                f"revision: their A differ. To load it as it is, pass {source.location!r} and a revision of that."
+            )
+        return own.adapter(client_id)
 
     def read_adapter(self, path: str, expected: str | None) -> _Adapter:
         config, weights = self.source.fetch(_join_path(path, CONFIG)), self.source.fetch(_join_path(path, WEIGHTS))
@@ -1144,6 +1244,8 @@ def _add_adapter(model: PreTrainedModel | PeftModel, adapter: _Adapter, client_i
             )
         _check_fits(adapter_shapes(model, adapter.config), adapter, client_id)
         return PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=name)
+    if name in model.peft_config and _settings(model.peft_config[name]) != _settings(adapter.config):
+        model.delete_adapter(name)  # One of the same name from elsewhere: its scale would stay.
     added = name not in model.peft_config
     if added:
         model.add_adapter(name, copy.deepcopy(adapter.config))
@@ -1156,6 +1258,10 @@ def _add_adapter(model: PreTrainedModel | PeftModel, adapter: _Adapter, client_i
         raise
     model.load_adapter(str(adapter.folder), adapter_name=name)
     return model
+
+
+def _settings(config: PeftConfig) -> dict[str, Any]:
+    return _comparable(json.loads(json.dumps(_config_dict(config), default=str)))
 
 
 def _check_fits(expected: Mapping[str, tuple[int, ...]], adapter: _Adapter, client_id: str) -> None:
@@ -1181,10 +1287,13 @@ def _adapter_name(model: nn.Module, client_id: str) -> str:
 
     PEFT makes attributes of adapter names, and finds them again as components of parameter names.
     """
-    reserved = {"weight", "bias", "base_layer", "original_module", "modules_to_save", *_module_names(model)}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    reserved = {"weight", "bias", "base_layer", "base_model", "model", "original_module", "modules_to_save"}
+    reserved.update(_module_names(base))
     misread = "." in client_id or "lora" in client_id or "vera" in client_id
+    misread = misread or client_id.startswith("escaped-")
     if misread or client_id in reserved or hasattr(nn.ModuleDict(), client_id):
-        return f"client_{client_id.encode().hex()}"
+        return f"escaped-{client_id.encode().hex()}"
     return client_id
 
 
@@ -1256,6 +1365,8 @@ def load_origin(
 
     local = None
     published = [client_id for client_id, entry in federation["clients"].items() if entry["path"] is not None]
+    if init_local in ("zero", "mean") and init_local in federation["clients"]:
+        raise ValueError(f"`init_local={init_local!r}` could mean the client of that name. Rename that client.")
     if init_local == "mean":
         if not published:
             raise ValueError(f'`init_local="mean"`, but {source} publishes no client. Use "zero".')

@@ -170,10 +170,12 @@ def _results_section(federation: Mapping[str, Any]) -> str:
             values = [_number(summary.get(name, {}).get(key)) for name in names]
             lines.append(f"| {label} | | {' | '.join(values)} |")
     after = federation["results_after_round"]
-    when = f"after {_count(after, 'round')}" if after else "before training"
-    text = f"Each client with its own adapter on its own held-out rows, {when}."
-    if after < federation["rounds_done"]:
-        text += " The adapters were trained further since."
+    text = "Each client with its own adapter on its own held-out rows"
+    if not summary:
+        text += "."
+    else:
+        text += f", after {_count(after, 'round')}." if after else ", before training."
+        text += " The adapters were trained further since." if after < federation["rounds_done"] else ""
     if number > 1:
         text += f" Mean and spread are over {_count(number, 'client')}"
         text += " of the first training." if any(_joined_later(e, federation) for e in named.values()) else "."
@@ -181,13 +183,14 @@ def _results_section(federation: Mapping[str, Any]) -> str:
 
 
 def _joined_later(entry: Mapping[str, Any], federation: Mapping[str, Any]) -> bool:
-    return bool(entry.get("joined")) and not all(other.get("joined") for other in federation["clients"].values())
+    joined = sum(bool(other.get("joined")) for other in federation["clients"].values())
+    return bool(entry.get("joined")) and federation["num_clients"] > joined
 
 
 def _loading_section(federation: Mapping[str, Any], source: str) -> str:
     published = sorted(_published(federation), key=_natural)
     base = federation["hub_base_model"]
-    ours = "" if base else ", base_model=base"
+    ours = "" if base else ', base_model="path/to/the/base/model"'
     parts = ["## How to load it"]
     if published:
         client_id = published[0]
@@ -224,7 +227,7 @@ def _loading_section(federation: Mapping[str, Any], source: str) -> str:
     # A client's own repository has its adapter at the root, and no shared tensors apart from it.
     can_be_joined = not published or federation["clients"][published[0]]["path"]
     if can_be_joined and not federation["mutates_base"] and federation["task_type"] in (None, "CAUSAL_LM"):
-        model = "" if base else ", model=base"
+        model = "" if base else ', model="path/to/the/base/model"'
         parts.append(
             "A new client starts from the shared tensors and trains its own:\n\n"
             "```python\nfrom hf_fedsa import FederatedTrainer\n\n"
@@ -266,11 +269,11 @@ def _modules(names: Any) -> str:
     if not isinstance(names, list):
         return _cell(names)
     last = sorted({name.rpartition(".")[2] for name in names})
-    layers = {re.sub(r"\D", " ", name).split()[0] for name in names if re.search(r"\d", name)}
+    layers = {found[0] for name in names if (found := re.findall(r"\.(\d+)\.", name))}
     whole = layers and len(names) == len(last) * len(layers)
     return f"{_cell(last)} in {_count(len(layers), 'layer')}" if whole else _cell(names)
 
 
 def _cell(value: Any) -> str:
     text = ", ".join(f"`{item}`" for item in value) if isinstance(value, list) else f"`{value}`"
-    return text.replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|")

@@ -144,10 +144,12 @@ class FederatedMixin:
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
         if args.push_to_hub:
-            self._published_clients(args)
+            published = self._published_clients(args)
             if args.should_save:
                 hub.check_repository(
                     args.hub_model_id or Path(args.output_dir).absolute().name,
+                    clients=published,
+                    client_repositories=args.hub_client_repositories,
                     private=args.hub_private_repo,
                     token=args.hub_token,
                     revision=args.hub_revision,
@@ -215,6 +217,8 @@ class FederatedMixin:
         self._trains_shared = True
         self._card: dict[str, Any] = {}
         self._push_is_due = False
+        self._pushed: set[str] = set()
+        self._hub_base_model = args.hub_base_model or hub.name_on_hub(_base_model_name(self.model))
         if args.push_to_hub and args.should_save:
             hub.check_repository(
                 self.hub_model_id,
@@ -222,7 +226,7 @@ class FederatedMixin:
                 token=args.hub_token,
                 revision=args.hub_revision,
                 model=self.model,
-                hub_base_model=args.hub_base_model,
+                hub_base_model=self._hub_base_model,
             )
         self._clock = time.perf_counter()
 
@@ -300,6 +304,7 @@ class FederatedMixin:
         self._origin = {
             "shared_sha256": tensors_sha256(origin.shared),
             "rounds_done": origin.federation["rounds_done"],
+            "clients": sorted(origin.federation["clients"]),
         }
 
     # What users read
@@ -1033,8 +1038,10 @@ class FederatedMixin:
             "share_modules_to_save": self.args.share_modules_to_save,
             "initial_shared_sha256": tensors_sha256(self._initial_shared),
             "origin": self._origin,
-            "root_adapter": not self._names_clients,
-            "hub_base_model": self.args.hub_base_model,
+            "root_adapter": None if self._names_clients else ONLY_CLIENT,
+            "returned_rounds": 0,
+            "hub_base_model": self._hub_base_model,
+            "base_revision": (getattr(self.args, "model_init_kwargs", None) or {}).get("revision"),
             "results_after_round": progress.results_after_round,
             "arguments": {
                 "num_rounds": self.args.rounds,
@@ -1232,9 +1239,11 @@ class FederatedMixin:
         """Publishes a folder that was just saved."""
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
+        saved = hub.read_saved(directory)
+        saved.pushed = self._pushed
         push = functools.partial(
-            hub.push_federation,
-            directory,
+            hub.push_saved,
+            saved,
             repo_id or self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
             clients=clients if clients is not None else self._published_clients(args),
             client_repositories=args.hub_client_repositories,
@@ -1244,7 +1253,11 @@ class FederatedMixin:
             revision=revision,
             commit_message=commit_message,
         )
-        return push() if blocking else HfApi().run_as_future(push)
+        if blocking:
+            return push()
+        future = HfApi().run_as_future(push)
+        self.push_in_progress = PushInProgress([future])
+        return future
 
     # The Trainer uploads what it finds in `output_dir`, and would do so in the middle of a round.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -1266,7 +1279,6 @@ class FederatedMixin:
         message = f"Training in progress, round {rounds_done}"
         future = self._push(directory, commit_message=message, revision=self.args.hub_revision, blocking=False)
         future.add_done_callback(functools.partial(_log_failed_push, rounds_done))
-        self.push_in_progress = PushInProgress([future])
 
     # Resuming
 
@@ -1494,13 +1506,17 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             if not base:
                 raise ValueError(f"{source} does not name its base model. Pass it as `model`.")
             model = base
-        args = _as_federated_config(args, model)
+        # A copy: the caller's object may be meant for another federation next.
+        default_name = f"{model.split('/')[-1]}-{client_id}" if isinstance(model, str) else client_id
+        args = copy.copy(_as_federated_config(args, model)) if args is not None else FederatedConfig(default_name)
+        _check_own_folder(args, train_dataset)
         if isinstance(model, str):
             defaults = {"dtype": origin.federation["base_dtype"]}
             if model == base:
                 defaults["revision"] = origin.federation["base_revision"]
             args.model_init_kwargs = {**defaults, **(args.model_init_kwargs or {})}
-        args.hub_base_model = args.hub_base_model or origin.federation["hub_base_model"]
+        if model == base or not isinstance(model, str) or Path(model).is_dir():
+            args.hub_base_model = args.hub_base_model or origin.federation["hub_base_model"]
         trainer = cls(
             model=model,
             args=args,
@@ -1675,6 +1691,18 @@ def _as_federated_config(args: TrainingArguments | None, model: Any) -> Federate
         raise TypeError(f"`args` must be a `FederatedConfig` or `SFTConfig`, got `{type(args).__name__}`.")
     # Not `to_dict`, which replaces everything named a token, the end-of-sequence token included, by a placeholder.
     return FederatedConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init})
+
+
+def _check_own_folder(args: FederatedConfig, train_dataset: Any) -> None:
+    """A newcomer saved over the federation it comes from would take the place of its clients."""
+    if not (Path(args.output_dir) / hub.FEDERATION).is_file():
+        return
+    others = sorted(hub.read_federation(Path(args.output_dir))["clients"].keys() - set(train_dataset or ()))
+    if isinstance(train_dataset, Mapping) and others:
+        raise ValueError(
+            f"`output_dir={args.output_dir!r}` holds a federation with other clients, such as {others[0]!r}. Pass a "
+            "folder of its own for the newcomer."
+        )
 
 
 def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:

@@ -1,6 +1,7 @@
 """A client that joins after training: it starts from the shared A and trains its own B."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,6 +305,71 @@ class TestPushing:
         assert b"clinic" not in b"".join(hub.files(REPO).values())
         load_personalized_model(REPO, "clinic")
 
+    def test_of_the_same_name_as_another_newcomer(self, published, hub, tmp_path):
+        first, second = (join(REPO, tmp_path / name, make_rows(6, seed=ord(name))) for name in "xy")
+        first.train()
+        second.train()
+        first.push_to_hub(REPO, clients="all")
+        first.push_to_hub(REPO, clients="all")
+        before = hub.files(REPO)
+        with pytest.raises(ValueError, match="already holds a client called 'newcomer'"):
+            second.push_to_hub(REPO, clients="all")
+        assert hub.files(REPO) == before
+
+    def test_of_the_name_of_a_client_that_is_not_published(self, hub, base_dir, tmp_path):
+        federation = train_federation(base_dir, tmp_path / "federation")
+        federation.push_to_hub(REPO, clients=["client_0"])
+        newcomer = join(REPO, tmp_path / "new", client_id="client_1")
+        newcomer.train()
+        newcomer.push_to_hub(REPO, clients=["client_1"])
+        before = hub.files(REPO)
+        with pytest.raises(ValueError, match="already holds a client called 'client_1'"):
+            federation.push_to_hub(REPO, clients=["client_0"])
+        assert hub.files(REPO) == before
+
+    def test_an_a_returned_without_a_client_is_not_lost(self, published, hub, tmp_path):
+        newcomer = join(REPO, tmp_path / "new", client_id="clinic", train_shared=True)
+        newcomer.train()
+        newcomer.push_to_hub(REPO, clients="none")
+        before = hub.files(REPO)
+        with pytest.raises(ValueError, match="an A that this one was not trained from"):
+            published.push_to_hub(REPO, clients="all")
+        assert hub.files(REPO) == before
+
+    def test_the_root_adapter_stays_its_owners(self, hub, base_dir, tmp_path, inputs):
+        owner = FederatedTrainer(
+            model=base_dir,
+            args=make_args(tmp_path / "owner", learning_rate=5e-2, local_steps=None, hub_base_model=base_dir),
+            train_dataset=make_rows(6, seed=0),
+            peft_config=make_lora(),
+        )
+        owner.train()
+        owner.push_to_hub(REPO)
+        for name in ("x", "y"):
+            newcomer = join(REPO, tmp_path / name, client_id=name, train_shared=True)
+            newcomer.train()
+            newcomer.push_to_hub(REPO, clients=[name])
+        files = hub.files(REPO)
+        assert files["adapter_model.safetensors"] == files["clients/client_0/adapter_model.safetensors"]
+        root = load(files["adapter_model.safetensors"])
+        local = owner.client_state_dict("client_0")
+        assert max_difference({key: root[key] for key in local}, local) == 0
+
+    def test_on_another_base_of_the_hub(self, hub, base_dir, tmp_path):
+        files = {path.name: path.read_bytes() for path in Path(base_dir).iterdir()}
+        for name in ("me/base", "me/base2"):
+            hub.put(name, files)
+        federation = FederatedTrainer(
+            model="me/base",
+            args=make_args(tmp_path / "federation"),
+            train_dataset={"a": make_rows(4, 0), "b": make_rows(4, 1)},
+            peft_config=make_lora(),
+        )
+        federation.push_to_hub(REPO, clients="all")
+        newcomer = join(REPO, tmp_path / "new", model="me/base2")
+        with pytest.raises(ValueError, match="`base_model` is 'me/base', this one's is 'me/base2'"):
+            newcomer.push_to_hub(REPO, clients="all")
+
     def test_into_a_repository_of_its_own(self, published, hub, tmp_path):
         newcomer = join(REPO, tmp_path / "new", client_id="clinic")
         newcomer.train()
@@ -312,7 +378,29 @@ class TestPushing:
         load_personalized_model("me/clinic", "clinic")
 
 
+def test_the_arguments_are_not_changed(federation, tmp_path):
+    args = make_args(tmp_path)
+    before = dict(vars(args))
+    FederatedTrainer.from_shared(federation.args.output_dir, args=args, train_dataset=make_rows(4, 0))
+    assert vars(args) == before
+
+
 class TestRefused:
+    def test_a_folder_that_holds_the_federation(self, federation):
+        with pytest.raises(ValueError, match="holds a federation with other clients, such as 'client_0'"):
+            join(federation.args.output_dir, federation.args.output_dir)
+
+    def test_a_word_that_is_also_a_client(self, base_dir, tmp_path):
+        trainer = FederatedTrainer(
+            model=base_dir,
+            args=make_args(tmp_path / "federation"),
+            train_dataset={"mean": make_rows(4, 0), "b": make_rows(4, 1)},
+            peft_config=make_lora(),
+        )
+        trainer.save_model()
+        with pytest.raises(ValueError, match="could mean the client of that name"):
+            join(tmp_path / "federation", tmp_path / "new", init_local="mean")
+
     def test_a_name_that_is_taken(self, federation, tmp_path):
         with pytest.raises(ValueError, match="'client_1' is already a client.*init_local='client_1'"):
             join(federation.args.output_dir, tmp_path, client_id="client_1")

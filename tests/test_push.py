@@ -6,6 +6,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import time
 from hashlib import sha256
 
 import pytest
@@ -114,10 +115,11 @@ class TestLayout:
         everything = hub.uploaded_bytes() + b"".join(content for _, content in hub.uploaded_files())
         for secret in (model_dir, str(tmp_path), TOKENS["me"]):
             assert secret.encode() not in everything
-        trainer.args.hub_base_model = "me/base"
-        trainer.push_to_hub(REPO, clients="all")
+        again = make_trainer(model=model_dir, hub_base_model="me/base")
+        again.push_to_hub("me/named", clients="all")
         assert (
-            json.loads(hub.files(REPO)["clients/client_0/adapter_config.json"])["base_model_name_or_path"] == "me/base"
+            json.loads(hub.files("me/named")["clients/client_0/adapter_config.json"])["base_model_name_or_path"]
+            == "me/base"
         )
 
     def test_each_client_in_a_repository_of_its_own(self, make_trainer, hub, inputs):
@@ -163,6 +165,32 @@ class TestLayout:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("me/base"), REPO).eval()
         assert difference(model, inputs, expected) < 1e-5
         assert AutoTokenizer.from_pretrained(REPO)("the cat")["input_ids"]
+
+    def test_it_is_taken_back_whole(self, hub_with_base, tmp_path):
+        trainer = FederatedTrainer(
+            model="me/base",
+            args=make_args(tmp_path, local_steps=None),
+            train_dataset=make_rows(6, seed=0),
+            peft_config=make_lora(),
+        )
+        trainer.push_to_hub(REPO)
+        assert "adapter_model.safetensors" in hub_with_base.files(REPO)
+        trainer.push_to_hub(REPO, clients="none")
+        weights = [name for name in hub_with_base.files(REPO) if name.endswith(".safetensors")]
+        assert weights == ["shared/adapter_model.safetensors"]
+
+    def test_what_lies_in_the_folder_itself_is_not_read(self, hub_with_base, tmp_path):
+        trainer = FederatedTrainer(
+            model="me/base",
+            args=make_args(tmp_path, local_steps=None),
+            train_dataset=make_rows(6, seed=0),
+            peft_config=make_lora(),
+        )
+        trainer.save_model()
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"of another run")
+        push_federation(tmp_path, REPO, clients="all")
+        files = hub_with_base.files(REPO)
+        assert files["adapter_model.safetensors"] == files["clients/client_0/adapter_model.safetensors"]
 
 
 class TestChoice:
@@ -241,6 +269,22 @@ class TestChoice:
         assert {name for name in hub.files(REPO) if name.startswith("clients")} == client_files("client_1")
         assert "no longer publishes clients/client_0, clients/client_2" in caplog.text
         assert list_clients(REPO) == ["client_1"]
+
+    def test_a_client_called_none_among_all(self, hub_with_base, tmp_path):
+        trainer = FederatedTrainer(
+            model="me/base",
+            args=make_args(tmp_path, hub_clients="all"),
+            train_dataset={"none": make_rows(4, 0), "some": make_rows(4, 1)},
+            peft_config=make_lora(),
+        )
+        trainer.push_to_hub(REPO)
+        assert list_clients(REPO) == ["none", "some"]
+
+    def test_settings_that_name_files_here_are_left_out(self, trained, hub):
+        config = trained.model.peft_config["default"]
+        config.corda_config = {"cache_file": "/home/alice/secret"}
+        trained.push_to_hub(REPO, clients="all")
+        assert not any(b"alice" in content for content in hub.files(REPO).values())
 
     def test_an_unknown_client(self, trained, hub):
         with pytest.raises(ValueError, match="'client_9', which is not a client.*client_0, client_1, client_2"):
@@ -527,6 +571,10 @@ class TestLoading:
             assert difference(model, inputs, logits[client_id]) < 1e-5
             assert model.active_adapter == client_id
 
+    def test_from_a_folder_called_snapshots(self, pushed, hub):
+        hub.put("me/odd", {f"snapshots/v1/{name}": content for name, content in hub.files(REPO).items()})
+        load_personalized_model("me/odd", "client_1", subfolder="snapshots/v1")
+
     def test_from_a_folder_in_a_repository(self, pushed, hub, inputs):
         _, logits = pushed
         hub.put("me/many", {f"runs/first/{name}": content for name, content in hub.files(REPO).items()})
@@ -632,6 +680,95 @@ class TestLoading:
             assert difference(again, inputs, expected) < 1e-5
 
 
+class TestRaces:
+    def test_two_first_pushes_at_once_are_joined_or_refused(self, make_trainer, hub, tmp_path):
+        first, second = (make_trainer(output_dir=tmp_path / name, seed=i) for i, name in enumerate("ab"))
+        for trainer in (first, second):
+            trainer.train()
+        hub.before("POST", "/repos/create", lambda: second.push_to_hub(REPO, clients="all"))
+        first.push_to_hub(REPO, clients="all")
+        for client_id in first.client_ids:
+            load_personalized_model(REPO, client_id)
+
+    def test_a_public_repository_that_appears_meanwhile(self, trained, hub):
+        hub.before("POST", "/repos/create", lambda: hub.put(REPO, {"README.md": b"---\n---\n"}))
+        with pytest.raises(ValueError, match="exists and is public"):
+            trained.push_to_hub(REPO, clients="all")
+        assert "federation.json" not in hub.files(REPO)
+
+    def test_a_push_in_the_background_is_of_one_moment(self, make_trainer, hub):
+        trainer = make_trainer(num_rounds=1)
+        trainer.train()
+        hub.before("POST", "/preupload/", lambda: time.sleep(1.0))
+        future = trainer.push_to_hub(REPO, clients="all", blocking=False)
+        trainer.train()
+        trainer.save_model()
+        future.result()
+        for client_id in trainer.client_ids:
+            load_personalized_model(REPO, client_id)
+
+    def test_a_later_push_is_the_later_one(self, trained, hub):
+        hub.before("POST", "/preupload/", lambda: time.sleep(1.0))
+        trained.push_to_hub(REPO, clients="all", blocking=False)
+        trained.push_to_hub(REPO, clients="none")
+        assert list_clients(REPO) == []
+
+    def test_rounds_of_a_later_run_in_the_folder_are_not_pushed(self, make_trainer, hub, tmp_path):
+        trainer = make_trainer(num_rounds=2)
+        trainer.train()
+        trainer.save_model()
+        make_trainer(num_rounds=3, seed=5).train()
+        with pytest.raises(ValueError, match="rounds.jsonl is missing or is not the file"):
+            push_federation(tmp_path / "out", REPO, clients="all")
+
+
+class TestClientRepositories:
+    def test_none_is_written_if_one_holds_something_else(self, make_trainer, hub, tmp_path):
+        make_trainer(output_dir=tmp_path / "other").push_to_hub(f"{REPO}-client_2", clients="all")
+        trainer = make_trainer(hub_client_repositories=True)
+        with pytest.raises(ValueError, match=f"{REPO}-client_2 exists and holds another federation"):
+            trainer.push_to_hub(REPO, clients="all")
+        assert f"{REPO}-client_0" not in hub.repos
+        assert REPO not in hub.repos
+
+    def test_none_is_written_if_the_main_one_refuses(self, make_trainer, hub, tmp_path):
+        make_trainer(hub_client_repositories=True).push_to_hub(REPO, clients="all")
+        before = hub.files(f"{REPO}-client_0")
+        other = make_trainer(hub_client_repositories=True, peft_config=make_lora(r=2), output_dir=tmp_path / "other")
+        with pytest.raises(ValueError, match="another kind"):
+            other.push_to_hub(REPO, clients="all")
+        assert hub.files(f"{REPO}-client_0") == before
+
+    def test_an_adapter_of_another_push_is_refused(self, make_trainer, hub):
+        trainer = make_trainer(hub_client_repositories=True, num_rounds=1, save_strategy="epoch")
+        trainer.train()
+        trainer.push_to_hub(REPO, clients="all")
+        first = hub.repos[REPO].commits[-1].oid
+        longer = make_trainer(hub_client_repositories=True, num_rounds=2, save_strategy="epoch")
+        longer.train(resume_from_checkpoint=True)
+        longer.push_to_hub(REPO, clients="all")
+        load_personalized_model(REPO, "client_0")
+        with pytest.raises(ValueError, match="adapter of another push"):
+            load_personalized_model(REPO, "client_0", revision=first)
+
+    def test_names_are_checked_before_training(self, hub_with_base, tmp_path):
+        with pytest.raises(ValueError, match=r"a\.\.b"):
+            FederatedTrainer(
+                model="me/base",
+                args=make_args(
+                    tmp_path, push_to_hub=True, hub_model_id=REPO, hub_clients="all", hub_client_repositories=True
+                ),
+                train_dataset={"a..b": make_rows(4, 0), "c": make_rows(4, 1)},
+                peft_config=make_lora(),
+            )
+
+    def test_only_the_published_ones_are_listed(self, make_trainer, hub):
+        trainer = make_trainer(hub_client_repositories=True, hub_name_clients=True)
+        trainer.push_to_hub(REPO, clients=["client_1"])
+        assert list_clients(REPO) == ["client_1"]
+        assert b"client_0" in hub.files(REPO)["federation.json"]
+
+
 class TestTampered:
     """A `federation.json` may come from anyone."""
 
@@ -645,13 +782,13 @@ class TestTampered:
         with pytest.raises(ValueError, match="the adapter of 'client_0' is said to be in"):
             load_personalized_model(tmp_path / "out", "client_0")
 
-    @pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd"])
+    @pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "training_args.bin", "clients/client_0/x.json"])
     def test_files_outside_of_the_folder_are_not_pushed(self, trained, hub, tmp_path, name):
         trained.save_model()
         file = tmp_path / "out" / "federation.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), "processing_files": [name]}))
         hub.requests.clear()
-        with pytest.raises(ValueError, match="names files outside of its folder"):
+        with pytest.raises(ValueError, match="is no file of a tokenizer or processor"):
             push_federation(tmp_path / "out", REPO, clients="all")
         assert hub.requests == []
 
@@ -721,6 +858,37 @@ class TestManyClients:
         with pytest.raises(ValueError, match="`merge=True`.*under all adapters"):
             load_personalized_model(source, "0", base_model=model, merge=True)
         assert difference(model, inputs, logits["a.b"]) < 1e-5
+
+    def test_names_that_look_escaped_are_not_mistaken(self, hub_with_base, tmp_path, inputs):
+        names = ("a.b", f"escaped-{b'a.b'.hex()}", "base_model")
+        trainer = FederatedTrainer(
+            model="me/base",
+            args=make_args(tmp_path, learning_rate=5e-2, num_rounds=1),
+            train_dataset={name: make_rows(4, seed=i) for i, name in enumerate(names)},
+            peft_config=make_lora(),
+        )
+        trainer.train()
+        trainer.save_model()
+        logits = logits_of(trainer, inputs)
+        model = load_personalized_model(tmp_path, names)
+        for name in names:
+            load_personalized_model(tmp_path, name, base_model=model)
+            assert difference(model, inputs, logits[name]) < 1e-5
+
+    def test_the_scale_is_that_of_the_adapter_loaded_last(self, make_trainer, inputs, tmp_path):
+        first = make_trainer(output_dir=tmp_path / "first")
+        second = make_trainer(peft_config=make_lora(lora_alpha=64), output_dir=tmp_path / "second")
+        for trainer in (first, second):
+            trainer.train()
+            trainer.save_model()
+        model = load_personalized_model(tmp_path / "first", ["client_1", "client_2"])
+        load_personalized_model(tmp_path / "second", "client_1", base_model=model)
+        assert difference(model, inputs, logits_of(second, inputs)["client_1"]) < 1e-5
+        model.set_adapter("client_2")
+        assert difference(model, inputs, logits_of(first, inputs)["client_2"]) < 1e-5
+        alone = load_personalized_model(tmp_path / "first", "client_1")
+        load_personalized_model(tmp_path / "second", "client_1", base_model=alone)
+        assert difference(alone, inputs, logits_of(second, inputs)["client_1"]) < 1e-5
 
     def test_several_cannot_be_merged_into_one(self, served):
         with pytest.raises(ValueError, match="`merge=True` makes one plain model"):
