@@ -512,7 +512,7 @@ class TestLoading:
             [REPO],
             {"client_id": "north", "base_model": "path/to/the/base/model"},
         )
-        assert found["FederatedTrainer.from_shared"][1]["model"] == "base"
+        assert found["FederatedTrainer.from_shared"][1]["model"] == "path/to/the/base/model"
         with_base = calls(make_card())
         assert "base_model" not in with_base["load_personalized_model"][1]
         assert "model" not in with_base["FederatedTrainer.from_shared"][1]
