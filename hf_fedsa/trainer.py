@@ -1041,7 +1041,7 @@ class FederatedMixin:
             "root_adapter": None if self._names_clients else ONLY_CLIENT,
             "returned_rounds": 0,
             "hub_base_model": self._hub_base_model,
-            "base_revision": (getattr(self.args, "model_init_kwargs", None) or {}).get("revision"),
+            "base_revision": (self.args.model_init_kwargs or {}).get("revision"),
             "results_after_round": progress.results_after_round,
             "arguments": {
                 "num_rounds": self.args.rounds,
@@ -1102,7 +1102,7 @@ class FederatedMixin:
             "lora_alpha": getattr(config, "lora_alpha", None),
             "tensors": {key: list(p.shape) for key, p in self._slots.parameters[0].items()},
             "share_modules_to_save": self.args.share_modules_to_save,
-            "origin": self._origin,
+            "origin": self._origin and self._origin["shared_sha256"],
             "trains_shared": self._trains_shared,
             "seed": self.args.seed,
             "data_seed": self.args.data_seed,

@@ -9,7 +9,7 @@ from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from datasets import Dataset
 from peft import VeraConfig
 from safetensors.torch import load, load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model
 from hf_fedsa.parameters import tensors_sha256
@@ -112,6 +112,20 @@ class TestTraining:
         for entry in newcomer.round_history:
             assert entry["bytes_up"] == 0
             assert entry["shared_sha256"] == tensors_sha256(federation.shared_state_dict())
+
+    def test_a_does_not_move_within_a_round_either(self, federation, tmp_path):
+        class Watch(TrainerCallback):
+            def on_step_end(self, args, state, control, model, **kwargs):
+                moved.append(
+                    [n for n, p in model.named_parameters() if "lora_A" in n and not torch.equal(p, before[n])]
+                )
+
+        newcomer = join(federation.args.output_dir, tmp_path)
+        before = {name: p.detach().clone() for name, p in newcomer.model.named_parameters()}
+        moved = []
+        newcomer.add_callback(Watch())
+        newcomer.train()
+        assert moved == [[]] * 6
 
     def test_a_trains_if_asked_to(self, federation, tmp_path):
         newcomer = join(federation.args.output_dir, tmp_path, train_shared=True)

@@ -709,8 +709,9 @@ class TestRaces:
 
     def test_a_later_push_is_the_later_one(self, trained, hub):
         hub.before("POST", "/preupload/", lambda: time.sleep(1.0))
-        trained.push_to_hub(REPO, clients="all", blocking=False)
+        first = trained.push_to_hub(REPO, clients="all", blocking=False)
         trained.push_to_hub(REPO, clients="none")
+        first.result()
         assert list_clients(REPO) == []
 
     def test_rounds_of_a_later_run_in_the_folder_are_not_pushed(self, make_trainer, hub, tmp_path):
