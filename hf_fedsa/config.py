@@ -32,6 +32,9 @@ class FederatedConfig(SFTConfig):
             Passes each client makes over its rows per round. If both this and `local_steps` are `None`, it is 1.
         clients_per_round (`int`, *optional*):
             Clients sampled for each round, without replacement. `None` means all.
+        client_sampling (`str`, *optional*, defaults to `"uniform"`):
+            How they are sampled: `"uniform"`, or `"examples"` with probabilities proportional to the number of rows.
+            The trainer's `client_sampler` takes a function of your own.
 
         > Execution
 
@@ -53,6 +56,16 @@ class FederatedConfig(SFTConfig):
         reset_optimizer (`bool`, *optional*):
             Whether a client starts each round with a fresh optimizer state. If `False`, the state is kept with the
             client. If `None`, it is derived: `True`, unless there is only one client.
+
+        > Faults
+
+        min_clients_per_round (`int`, *optional*, defaults to `1`):
+            Clients that must return an update for a round to count. If fewer do, A stays as it was; these clients keep
+            the B they have trained.
+        max_update_norm (`float`, *optional*, defaults to `100.0`):
+            Largest change of A that a client may return, as a multiple of the norm of the A it was sent (Frobenius
+            norms over all layers). A client beyond it is left out of the round, as are those with a loss or an update
+            that is not finite. `None` sets no limit.
 
         > Data
 
@@ -101,6 +114,14 @@ class FederatedConfig(SFTConfig):
     clients_per_round: int | None = field(
         default=None, metadata={"help": "Clients sampled for each round, without replacement. None means all."}
     )
+    client_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "How a round's clients are sampled: all alike, or with probabilities proportional to their number "
+            "of rows.",
+            "choices": ["uniform", "examples"],
+        },
+    )
     parallel_clients: int | None = field(
         default=None,
         metadata={
@@ -131,6 +152,17 @@ class FederatedConfig(SFTConfig):
         metadata={
             "help": "Whether a client starts each round with a fresh optimizer state. If None, derived: yes, unless "
             "there is only one client."
+        },
+    )
+    min_clients_per_round: int = field(
+        default=1,
+        metadata={"help": "Clients that must return an update for a round to count. If fewer do, A stays as it was."},
+    )
+    max_update_norm: float | None = field(
+        default=100.0,
+        metadata={
+            "help": "Largest change of A that a client may return, as a multiple of the norm of the A it was sent. "
+            "None sets no limit."
         },
     )
     client_column: str = field(
@@ -167,9 +199,10 @@ class FederatedConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        for name in ("num_rounds", "local_steps", "local_epochs", "clients_per_round", "parallel_clients"):
+        counts = ("num_rounds", "local_steps", "local_epochs", "clients_per_round", "parallel_clients")
+        for name in (*counts, "min_clients_per_round"):
             value = getattr(self, name)
-            if value is None:
+            if value is None and name in counts:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"`{name}` must be an int or None, got {value!r} of type {type(value).__name__}.")
@@ -183,6 +216,12 @@ class FederatedConfig(SFTConfig):
         if self.aggregation_weighting not in ("examples", "uniform"):
             raise ValueError(
                 f"`aggregation_weighting` must be 'examples' or 'uniform', got {self.aggregation_weighting!r}."
+            )
+        if self.client_sampling not in ("uniform", "examples"):
+            raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {self.client_sampling!r}.")
+        if self.max_update_norm is not None and not self.max_update_norm > 0:
+            raise ValueError(
+                f"`max_update_norm` must be a positive number, or None for no limit, got {self.max_update_norm!r}."
             )
         if self.deepspeed is not None:
             raise ValueError(

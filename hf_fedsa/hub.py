@@ -867,7 +867,7 @@ def _only_named(rounds: Iterable[Mapping[str, Any]], names: set[str]) -> list[di
         if unnamed and len(unnamed) >= _FEWEST_UNNAMED:
             public["loss"] = fmean(entry["losses"].values())
         for key, value in entry.items():
-            if isinstance(value, Mapping) and value.keys() <= clients:
+            if isinstance(value, Mapping):
                 public[key] = {client_id: number for client_id, number in value.items() if client_id in names}
             elif isinstance(value, list):
                 public[key] = [client_id for client_id in value if client_id in names]

@@ -5,6 +5,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+# Chooses a round's clients: called with the round's index, the number of rows of every client, and how many to choose
+# (`None` for all), it returns their ids. It must return the same whenever it is asked the same.
+ClientSampler = Callable[[int, Mapping[str, int], int | None], Sequence[str]]
+
 # One local step of a client: its micro-batches (one per gradient accumulation step), each a list of row numbers.
 LocalStep = list[list[int]]
 
@@ -19,7 +23,13 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def sample_clients(client_ids: Iterable[str], clients_per_round: int | None, seed: int, round_index: int) -> list[str]:
+def sample_clients(
+    client_ids: Iterable[str],
+    clients_per_round: int | None,
+    seed: int,
+    round_index: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[str]:
     """
     Draws a round's clients without replacement, sorted by id.
 
@@ -35,9 +45,19 @@ def sample_clients(client_ids: Iterable[str], clients_per_round: int | None, see
             The run's seed.
         round_index (`int`):
             Round, counted from 0.
+        weights (`Mapping[str, float]`, *optional*):
+            Positive weight of each client. One client after the other is drawn with a probability proportional to its
+            weight among those left: with `u` uniform in (0, 1), the smallest `-log(u) / weight` are in (Efraimidis and
+            Spirakis, 2006, https://doi.org/10.1016/j.ipl.2005.11.003). `None` draws all alike.
     """
-    ranked = sorted(client_ids, key=lambda client_id: (derive_seed(seed, "sample", round_index, client_id), client_id))
-    return sorted(ranked[:clients_per_round])
+
+    def rank(client_id: str) -> tuple[float, str]:
+        number = derive_seed(seed, "sample", round_index, client_id)
+        if weights is None:
+            return number, client_id
+        return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
+
+    return sorted(sorted(client_ids, key=rank)[:clients_per_round])
 
 
 @dataclass(frozen=True)
@@ -149,14 +169,24 @@ def plan_round(
     work: LocalWork,
     clients_per_round: int | None,
     parallel_clients: int,
-    seed: int,
+    sampler: ClientSampler,
 ) -> Round:
     """
     Samples a round's clients and groups them into waves of at most `parallel_clients`.
 
     Clients with as many steps as each other train together, so that few slots wait for a neighbour.
+
+    Raises:
+        `ValueError`: `sampler` returned no client, one twice, or one that does not exist.
     """
-    client_ids = sample_clients(num_rows, clients_per_round, seed, round_index)
+    client_ids = sorted(sampler(round_index, num_rows, clients_per_round))
+    unknown = [client_id for client_id in client_ids if client_id not in num_rows]
+    if not client_ids or unknown or len(set(client_ids)) < len(client_ids):
+        problem = f"{unknown[0]!r}, which is no client" if unknown else "a client twice" if client_ids else "no client"
+        raise ValueError(
+            f"`client_sampler` returned {problem} for round {round_index}: {client_ids}. It must return at least one "
+            "of the ids it is given, and each once."
+        )
     steps = {client_id: work.num_steps(num_rows[client_id]) for client_id in client_ids}
     by_length = sorted(client_ids, key=lambda client_id: (-steps[client_id], client_id))
     groups = [by_length[i : i + parallel_clients] for i in range(0, len(by_length), parallel_clients)]

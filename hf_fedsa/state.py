@@ -60,8 +60,10 @@ def _replace_atomically(path: Path, write: Callable[[str], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"{path} could not be written, and is as it was: {error}. Is the disk full?") from error
         raise
 
 
@@ -225,6 +227,10 @@ class RunState:
             Per client of the open round: sum of the losses of its local steps, and their number.
         weights (`dict[str, float]`, *optional*):
             Weight of each client of the open round that has returned its tensors.
+        left_out (`dict[str, str]`, *optional*):
+            Clients of the open round whose update does not count, and why.
+        staleness (`dict[str, int | None]`, *optional*):
+            Per client of the open round, the rounds since it had last trained. `None` if it never had.
         bytes_down (`int`, *optional*, defaults to `0`):
             Bytes sent to the clients of the open round.
         bytes_up (`int`, *optional*, defaults to `0`):
@@ -249,6 +255,8 @@ class RunState:
     mean_weight: float = 0.0
     losses: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    staleness: dict[str, int | None] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0

@@ -7,10 +7,12 @@ import functools
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -46,7 +49,7 @@ from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
-from .sampling import LocalWork, Round, Wave, derive_seed, plan_round
+from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, plan_round, sample_clients
 from .slots import SlotRows, Slots, mutates_base, take_rows
 from .state import (
     STATE_FOLDER,
@@ -92,6 +95,10 @@ class FederatedMixin:
             Evaluation rows, in the same forms.
         callbacks (`list[TrainerCallback]`, *optional*):
             Callbacks. A [`FederatedCallback`] also receives the round events.
+        client_sampler (`Callable[[int, Mapping[str, int], int | None], Sequence[str]]`, *optional*):
+            Chooses a round's clients, in place of `args.client_sampling`. It is called with the round's index, the
+            number of rows of every client and `args.clients_per_round`, for all rounds before training, and again to
+            resume, so it must depend on nothing else.
         kwargs:
             Passed to the Trainer.
     """
@@ -104,6 +111,7 @@ class FederatedMixin:
         train_dataset: Dataset | Mapping[str, Dataset],
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        client_sampler: ClientSampler | None = None,
         **kwargs,
     ):
         # Arguments
@@ -154,6 +162,7 @@ class FederatedMixin:
                     token=args.hub_token,
                     revision=args.hub_revision,
                 )
+        self._client_sampler = client_sampler or functools.partial(self._sample_clients, args)
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
         self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
         # What the step in progress trains, see `get_batch_samples`.
@@ -431,10 +440,22 @@ class FederatedMixin:
                 work=work,
                 clients_per_round=self.args.clients_per_round,
                 parallel_clients=len(self._slots),
-                seed=self.args.seed,
+                sampler=self._client_sampler,
             )
             for round_index in range(self.args.rounds)
         ]
+
+    @staticmethod
+    def _sample_clients(
+        args: FederatedConfig, round_index: int, num_rows: Mapping[str, int], clients_per_round: int | None
+    ) -> list[str]:
+        return sample_clients(
+            num_rows,
+            clients_per_round,
+            seed=args.seed,
+            round_index=round_index,
+            weights=num_rows if args.client_sampling == "examples" else None,
+        )
 
     def _micro_batches(self) -> Iterator[list[tuple[int, int]]]:
         """
@@ -518,6 +539,10 @@ class FederatedMixin:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._keeps_trainer_loop:
             return batches, num_items
+        for batch in batches:
+            for slot, problem in batch.pop("unreadable").items():
+                client_id = self._current_wave().client_ids[slot]
+                self._progress.left_out.setdefault(client_id, f"its rows cannot be read ({problem})")
         parts: dict[int, list[dict[str, Any]]] = {}
         for batch in batches:
             for slot, part in _split_rows(batch, batch["slot_rows"]):
@@ -529,6 +554,22 @@ class FederatedMixin:
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        try:
+            return self._training_step(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            # On the CPU the allocator raises a plain `RuntimeError`.
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(
+                f"Out of memory in a step of {len(self._slots)} clients side by side with up to "
+                f"{self.args.per_device_train_batch_size} rows each. Lower `parallel_clients` first, which changes "
+                "speed and not results; then `per_device_train_batch_size` (with `gradient_accumulation_steps` raised "
+                f"to match) or `max_length`. ({error})"
+            ) from error
+
+    def _training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         if self._keeps_trainer_loop:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -614,7 +655,8 @@ class FederatedMixin:
             trained = [p for p in self._slots.parameters[slot].values() if p.grad is not None]
             if trained:
                 norms.append(nn.utils.clip_grad_norm_(trained, max_norm))
-        return torch.stack(norms).mean()
+        # No client has a gradient if none of the step's rows could be read.
+        return torch.stack(norms).mean() if norms else torch.zeros((), device=self.args.device)
 
     # Optimizer and schedule
 
@@ -710,7 +752,9 @@ class FederatedMixin:
         owner = Path(self.args.client_store_dir) / "run.json"
         this_run = {"output_dir": str(Path(self.args.output_dir).resolve()), "client_ids": sorted(self.client_ids)}
         same_run = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == this_run
-        if (list(self._clients) or list(self._optimizers)) and not (resuming and same_run):
+        # A run that died before its first checkpoint has to start anew, and its clients are of no use.
+        nothing_to_resume = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.debug) is None
+        if (list(self._clients) or list(self._optimizers)) and not (same_run and (resuming or nothing_to_resume)):
             raise ValueError(
                 f"`client_store_dir={self.args.client_store_dir!r}` holds the clients of another run, which this one "
                 "would overwrite. Resume that run from a checkpoint, or pass another directory."
@@ -802,20 +846,48 @@ class FederatedMixin:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         if callable(getattr(inner, "eval", None)):
             inner.eval()
+        sent = self._broadcast()
         for slot, client_id in enumerate(wave.client_ids):
-            if not self._loss_counts.get(client_id):
+            if not self._loss_counts.get(client_id) and client_id not in progress.left_out:
                 continue  # The run was stopped before its first step ended, so it is as it was.
+            returned = self._slots.take(slot, "shared")
+            if fault := progress.left_out.get(client_id) or self._fault_of(client_id, slot, sent, returned):
+                progress.left_out[client_id] = fault
+                logger.warning("Client %s is left out of round %d: %s.", client_id, progress.rounds_done, fault)
+                continue
             progress.weights[client_id] = self._weight(client_id)
             if self._trains_shared:
-                received = self._slots.take(slot, "shared")
-                progress.bytes_up += count_bytes(received)
-                self._mean.add(received, progress.weights[client_id])
+                progress.bytes_up += count_bytes(returned)
+                self._mean.add(returned, progress.weights[client_id])
             self._clients.put(client_id, self._slots.select(slot, "local"))
+            last = progress.last_round.get(client_id)
+            progress.staleness[client_id] = None if last is None else progress.rounds_done - last
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
         self._slot_of = {}
         progress.wave_open, progress.waves_done = False, progress.waves_done + 1
+
+    def _fault_of(
+        self, client_id: str, slot: int, sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]
+    ) -> str | None:
+        """Why a client's update must not enter the average, or `None`."""
+        loss = float(self._losses[client_id])
+        if not math.isfinite(loss):
+            return f"its loss is {loss}"
+        if not torch.isfinite(nn.utils.get_total_norm(self._slots.select(slot).values())):
+            return "its update is not finite"
+        if self.args.max_update_norm is None:
+            return None
+        before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
+        change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
+        # A that starts at zero, as that of embeddings does, has no scale to compare to.
+        if before > 0 and change > self.args.max_update_norm * before:
+            return (
+                f"its A has changed by {float(change / before):.3g} times the norm it had, more than "
+                f"`max_update_norm={self.args.max_update_norm}`"
+            )
+        return None
 
     def _weight(self, client_id: str) -> float:
         if self.args.aggregation_weighting == "uniform":
@@ -829,16 +901,35 @@ class FederatedMixin:
 
     def _close_round(self) -> None:
         progress = self._progress
+        if not progress.weights and progress.left_out:
+            client_id, fault = next(iter(progress.left_out.items()))
+            raise RuntimeError(
+                f"All {len(progress.left_out)} clients of round {progress.rounds_done} were left out, such as "
+                f"{client_id!r}: {fault}. A and every B are as they were before the round, and so is what was saved. "
+                "If losses are not finite, lower `learning_rate` or look at the rows."
+            )
         if not progress.weights:  # The run was stopped before any client had taken a step.
             self._progress = progress.after_round()
             return
-        if self._trains_shared:
+        counted = len(progress.weights) >= self.args.min_clients_per_round
+        if self._trains_shared and counted:
             self._shared = self._mean.mean
+        if not counted:
+            logger.warning(
+                "Round %d does not count: %d clients returned an update, and `min_clients_per_round=%d`. A stays as "
+                "it was.",
+                progress.rounds_done,
+                len(progress.weights),
+                self.args.min_clients_per_round,
+            )
         trained = list(progress.weights)
         metrics = round_metrics(
             round_index=progress.rounds_done,
             losses={client_id: float(self._losses[client_id]) / self._loss_counts[client_id] for client_id in trained},
             weights=progress.weights,
+            left_out=progress.left_out,
+            staleness=progress.staleness,
+            counted=counted,
             bytes_down=progress.bytes_down,
             bytes_up=progress.bytes_up,
             seconds=progress.seconds + time.perf_counter() - self._clock,
@@ -944,8 +1035,12 @@ class FederatedMixin:
                 metrics[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         if own_rows:
             self._keep_results(results)
-        metrics.update(speed_metrics(metric_key_prefix, start_time, num_samples=num_samples, num_steps=num_steps))
-        self.log(metrics)
+        speed = speed_metrics(metric_key_prefix, start_time, num_samples=num_samples, num_steps=num_steps)
+        if len(datasets) > _MOST_CLIENTS_IN_LOG:
+            self.log({**_spread(by_name, metric_key_prefix), **speed})
+        else:
+            self.log({**metrics, **speed})
+        metrics.update(speed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -964,6 +1059,10 @@ class FederatedMixin:
                     for name, value in metrics.items()
                     if isinstance(value, (int, float)) and name not in left_out
                 }
+        if progress.history:
+            progress.history[-1]["results"] = copy.deepcopy(progress.results)
+            if self.args.should_save:
+                self._write_rounds(Path(self.args.output_dir))
 
     def _prepare_eval_clients(self, eval_dataset: Dataset | Mapping[str, Dataset]) -> dict[str, Dataset]:
         merged = _as_one_dataset(eval_dataset, self.args, name="eval_dataset")
@@ -1107,6 +1206,7 @@ class FederatedMixin:
             "seed": self.args.seed,
             "data_seed": self.args.data_seed,
             "clients_per_round": self.args.clients_per_round,
+            "client_sampling": self.args.client_sampling,
             "parallel_clients": len(self._slots),
             "work": dataclasses.asdict(work),
         }
@@ -1142,15 +1242,24 @@ class FederatedMixin:
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        run_dir = Path(self._get_output_dir(trial=trial))
+        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            if self.args.should_save and not self.args.save_only_model:
+                write_manifest(checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
+            shutil.rmtree(checkpoint, ignore_errors=True)
+            kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
+            raise OSError(
+                f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
+                f"{kept or 'no earlier checkpoint'} is whole. If the disk is full, make room (`save_total_limit` "
+                "keeps fewer checkpoints), and go on with `train(resume_from_checkpoint=True)`."
+            ) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            run_dir = self._get_output_dir(trial=trial)
-            if not self.args.save_only_model:
-                write_manifest(Path(run_dir) / f"checkpoint-{self.state.global_step}")
-            rotate_checkpoints(output_dir=run_dir, save_total_limit=limit, use_mtime=True)
+            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, use_mtime=True)
 
     # Hub
 
@@ -1388,6 +1497,8 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         data_collator, processing_class, compute_loss_func, compute_metrics, callbacks, optimizers,
         optimizer_cls_and_kwargs, preprocess_logits_for_metrics, quantization_config, formatting_func:
             See [`~trl.SFTTrainer`].
+        client_sampler (`Callable[[int, Mapping[str, int], int | None], Sequence[str]]`, *optional*):
+            Chooses a round's clients, see [`FederatedMixin`].
     """
 
     _tag_names = ["trl", "sft", "hf_fedsa", "federated-learning"]
@@ -1410,6 +1521,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         quantization_config: Any | None = None,
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
+        client_sampler: ClientSampler | None = None,
     ):
         # Arguments
         args = _as_federated_config(args, model)
@@ -1436,6 +1548,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             quantization_config=quantization_config,
             peft_config=peft_config,
             formatting_func=formatting_func,
+            client_sampler=client_sampler,
         )
 
     @classmethod
@@ -1601,26 +1714,54 @@ class _SlotDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
-        rows = self.dataset.__getitems__([row for _, row in keys]) if keys else []
+        if not keys:
+            return []
+        try:
+            rows = self.dataset.__getitems__([row for _, row in keys])
+        except Exception:  # Whatever reading raises, it must not take the other clients with it.
+            return self._by_client(keys)
         return [(slot, row) for (slot, _), row in zip(keys, rows, strict=True)]
+
+    def _by_client(self, keys: list[tuple[int, int]]) -> list[tuple[int, "dict[str, Any] | _Unreadable"]]:
+        items: list[tuple[int, dict[str, Any] | _Unreadable]] = []
+        for slot in dict.fromkeys(slot for slot, _ in keys):
+            try:
+                rows = self.dataset.__getitems__([row for owner, row in keys if owner == slot])
+            except Exception as error:
+                items.append((slot, _Unreadable(f"{type(error).__name__}: {error}")))
+            else:
+                items += [(slot, row) for row in rows]
+        return items
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unreadable:
+    """Stands for the rows of a client that raised when they were read."""
+
+    problem: str
 
 
 class _SlotCollator:
-    """Collates rows of several clients and adds `slot_rows`, the number of rows of each slot, in order."""
+    """
+    Collates rows of several clients. Adds `slot_rows`, the number of rows of each slot, in order, and `unreadable`,
+    what was wrong with the rows of slots that could not be read.
+    """
 
     def __init__(self, collate: Callable):
         self.collate = collate
 
     def __call__(self, items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+        unreadable = {slot: row.problem for slot, row in items if isinstance(row, _Unreadable)}
+        items = [(slot, row) for slot, row in items if slot not in unreadable]
         if not items:
             # The Trainer counts tokens in every micro-batch, also in one that no client has rows for.
             empty = torch.zeros((0, 1), dtype=torch.long)
-            return {"input_ids": empty, "labels": empty, "slot_rows": ()}
+            return {"input_ids": empty, "labels": empty, "slot_rows": (), "unreadable": unreadable}
         counts: dict[int, int] = {}
         for slot, _ in items:
             counts[slot] = counts.get(slot, 0) + 1
         batch = self.collate([row for _, row in items])
-        return {**batch, "slot_rows": tuple(counts.items())}
+        return {**batch, "slot_rows": tuple(counts.items()), "unreadable": unreadable}
 
 
 class _RoundSampler(Sampler):
@@ -1774,6 +1915,12 @@ def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
             f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower "
             "it, or leave it out to train all of them in every round."
         )
+    per_round = args.clients_per_round or num_clients
+    if args.min_clients_per_round > per_round:
+        raise ValueError(
+            f"`min_clients_per_round={args.min_clients_per_round}` is more than the {per_round} clients of a round, "
+            "so no round could count. Lower it."
+        )
 
 
 def _check_peft_model(model: PeftModel) -> None:
@@ -1845,6 +1992,7 @@ _ARGUMENTS_IN_CARD = (
     "local_steps",
     "local_epochs",
     "clients_per_round",
+    "client_sampling",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
@@ -1861,6 +2009,22 @@ _ARGUMENTS_IN_CARD = (
     "fp16",
     "seed",
 )
+
+
+# An evaluation of more clients than this is logged as mean and spread. `rounds.jsonl` has the numbers of each.
+_MOST_CLIENTS_IN_LOG = 10
+
+
+def _spread(by_name: Mapping[str, list[Any]], prefix: str) -> dict[str, float]:
+    """Mean, standard deviation and extremes over clients of every metric that is a number."""
+    logs: dict[str, float] = {}
+    for name, values in by_name.items():
+        if all(isinstance(value, (int, float)) for value in values):
+            logs[f"{prefix}_{name}"] = fmean(values)
+            if all(map(math.isfinite, values)):
+                logs[f"{prefix}_{name}_std"] = pstdev(values)
+            logs[f"{prefix}_{name}_min"], logs[f"{prefix}_{name}_max"] = min(values), max(values)
+    return {**logs, f"{prefix}_clients": max(map(len, by_name.values()))}
 
 
 def _card_entries(

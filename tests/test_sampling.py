@@ -10,6 +10,10 @@ from hf_fedsa.sampling import LocalWork, derive_seed, plan_round, sample_clients
 CLIENTS = [f"client_{i}" for i in range(20)]
 
 
+def uniform(round_index, num_rows, clients_per_round):
+    return sample_clients(num_rows, clients_per_round, seed=0, round_index=round_index)
+
+
 class TestDeriveSeed:
     def test_a_seed_never_changes(self):
         assert derive_seed(42, "sample", 0, "client_0") == 8958471692509062660
@@ -212,11 +216,38 @@ class TestLocalWork:
                 assert work.num_examples(n, shuffled(n), taken) == len(set(rows_of(steps[:taken]))), (work, n, taken)
 
 
+class TestWeights:
+    def draw(self, weights, clients_per_round, rounds=2000):
+        counts = Counter()
+        for t in range(rounds):
+            counts.update(sample_clients(weights, clients_per_round, seed=5, round_index=t, weights=weights))
+        return counts
+
+    def test_one_is_drawn_in_proportion_to_its_weight(self):
+        counts = self.draw({"a": 1, "b": 2, "c": 7}, 1)
+        assert [counts[c] / 2000 for c in "abc"] == pytest.approx([0.1, 0.2, 0.7], abs=0.04)
+
+    def test_two_as_one_after_the_other(self):
+        # a is in unless b and c are: 1 - (2/10 * 7/8 + 7/10 * 2/3).
+        counts = self.draw({"a": 1, "b": 2, "c": 7}, 2)
+        assert counts["a"] / 2000 == pytest.approx(1 - (0.2 * 7 / 8 + 0.7 * 2 / 3), abs=0.04)
+
+    def test_all_are_all(self):
+        assert sample_clients("abc", None, seed=0, round_index=0, weights={"a": 1, "b": 2, "c": 3}) == ["a", "b", "c"]
+
+    def test_the_scale_of_the_weights_does_not_matter(self):
+        for t in range(20):
+            weights = {c: 1 + i for i, c in enumerate(CLIENTS)}
+            scaled = {c: 1000 * w for c, w in weights.items()}
+            expected = sample_clients(CLIENTS, 6, seed=1, round_index=t, weights=weights)
+            assert sample_clients(reversed(CLIENTS), 6, seed=1, round_index=t, weights=scaled) == expected
+
+
 class TestPlanRound:
     WORK = LocalWork(batch_size=1, accumulation_steps=1, local_steps=None, local_epochs=1)
 
     def plan(self, num_rows, **kwargs):
-        values = {"work": self.WORK, "clients_per_round": None, "parallel_clients": 2, "seed": 0}
+        values = {"work": self.WORK, "clients_per_round": None, "parallel_clients": 2, "sampler": uniform}
         return plan_round(0, num_rows, **{**values, **kwargs})
 
     def test_by_hand(self):
@@ -271,7 +302,7 @@ class TestPlanRound:
 
     def test_the_round_decides_the_sample(self):
         num_rows = dict.fromkeys(CLIENTS, 2)
-        plans = [plan_round(t, num_rows, self.WORK, 5, parallel_clients=2, seed=0) for t in range(8)]
+        plans = [plan_round(t, num_rows, self.WORK, 5, parallel_clients=2, sampler=uniform) for t in range(8)]
         assert [plan.round_index for plan in plans] == list(range(8))
         assert len({plan.client_ids for plan in plans}) == 8
 
@@ -280,3 +311,22 @@ class TestPlanRound:
         plan = self.plan({"a": 1, "b": 50, "c": 7}, work=work)
         assert [wave.num_steps for wave in plan.waves] == [5, 5]
         assert plan.local_steps == 5
+
+    @pytest.mark.parametrize(
+        ("chosen", "message"),
+        [([], "no client"), (["a", "a"], "a client twice"), (["a", "x"], "'x', which is no client")],
+    )
+    def test_a_sampler_that_cannot_be_followed(self, chosen, message):
+        with pytest.raises(ValueError, match=f"`client_sampler` returned {message} for round 0"):
+            self.plan({"a": 1, "b": 1}, sampler=lambda *_: chosen)
+
+    def test_a_sampler_is_told_the_round_the_rows_and_the_number(self):
+        asked = []
+
+        def sampler(*arguments):
+            asked.append(arguments)
+            return ["b"]
+
+        plan = self.plan({"a": 1, "b": 2}, sampler=sampler, clients_per_round=1)
+        assert asked == [(0, {"a": 1, "b": 2}, 1)]
+        assert plan.client_ids == ("b",)

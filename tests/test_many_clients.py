@@ -1,0 +1,82 @@
+"""Hundreds of clients of which a few train: the others cost disk only."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
+
+from hf_fedsa import FederatedTrainer
+
+CLIENTS = 500
+
+
+def make_trainer(output_dir, clients=CLIENTS, **kwargs):
+    rows = make_rows(2, seed=0)
+    return FederatedTrainer(
+        model=make_model(),
+        args=make_args(output_dir, **{"num_rounds": 3, "local_steps": 1, "clients_per_round": 10, **kwargs}),
+        train_dataset={f"client_{i:03}": rows for i in range(clients)},
+        eval_dataset={f"client_{i:03}": rows.select([0]) for i in range(12)},
+        processing_class=make_tokenizer(),
+        peft_config=make_lora(),
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("many")
+    trainer = make_trainer(directory / "out", client_store_dir=str(directory / "store"), save_strategy="epoch")
+    trainer.train()
+    return trainer
+
+
+def test_only_clients_that_have_trained_are_on_the_disk(trained):
+    drawn = {client_id for entry in trained.round_history for client_id in entry["clients"]}
+    files = os.listdir(os.path.join(trained.args.client_store_dir, "clients"))
+    assert sorted(files) == sorted(f"{client_id}.safetensors" for client_id in drawn)
+    assert 20 < len(drawn) <= 30
+    assert not os.path.exists(os.path.join(trained.args.output_dir, "clients"))
+
+
+def test_memory_holds_no_client_that_is_not_training(trained):
+    assert not [value for value in vars(trained._clients).values() if isinstance(value, dict)]
+    assert trained._slot_of == {}
+
+
+def test_a_round_touches_its_own_clients_alone(trained, monkeypatch):
+    touched = Counter()
+    get, put = type(trained._clients).get, type(trained._clients).put
+    monkeypatch.setattr(type(trained._clients), "get", lambda self, c: touched.update([c]) or get(self, c))
+    monkeypatch.setattr(type(trained._clients), "put", lambda self, c, t: touched.update([c]) or put(self, c, t))
+    trained.args.save_strategy = "no"
+    again = make_trainer(
+        trained.args.output_dir + "_again", client_store_dir=trained.args.client_store_dir + "_again", num_rounds=2
+    )
+    again.train()
+    sampled = [client_id for entry in again.round_history for client_id in entry["clients"]]
+    assert set(touched) <= {*sampled, again.client_ids[0]}
+    assert max(touched.values()) <= 4
+
+
+def test_the_log_has_the_spread_and_the_file_has_everyone(trained):
+    metrics = trained.evaluate()
+    assert len([key for key in metrics if key.startswith("eval_client_")]) >= 12
+    logged = trained.state.log_history[-1]
+    assert not any("client_0" in key for key in logged)
+    losses = [metrics[f"eval_client_{i:03}_loss"] for i in range(12)]
+    assert logged["eval_loss"] == pytest.approx(sum(losses) / 12)
+    assert (logged["eval_loss_min"], logged["eval_loss_max"]) == (min(losses), max(losses))
+    assert logged["eval_clients"] == 12
+    with open(os.path.join(trained.args.output_dir, "rounds.jsonl")) as file:
+        last = json.loads(file.readlines()[-1])
+    assert last["results"]["client_007"]["eval_loss"] == metrics["eval_client_007_loss"]
+    assert len(last["losses"]) == 10
+
+
+def test_few_clients_are_logged_one_by_one(tmp_path):
+    trainer = make_trainer(tmp_path, clients=12, num_rounds=1)
+    trainer.eval_dataset = {c: rows for c, rows in trainer.eval_dataset.items() if c < "client_003"}
+    trainer.evaluate()
+    assert {f"eval_client_{i:03}_loss" for i in range(3)} < trainer.state.log_history[-1].keys()
