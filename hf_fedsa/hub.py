@@ -1,5 +1,6 @@
 """What is saved of a federation, what is pushed of it, and how it is loaded again."""
 
+import contextlib
 import copy
 import json
 import logging
@@ -190,11 +191,13 @@ def save_federation(
     frozen: Mapping[str, torch.Tensor],
 ) -> None:
     """
-    Writes `shared/`, `clients/<client_id>/`, `rounds.jsonl`, the model card and, last, `federation.json`.
+    Writes `shared/`, `clients/<client_id>/`, `rounds.jsonl`, the model card and `federation.json`.
+
+    All files are written before the first one takes the place of another, so a full disk leaves what was there.
 
     Args:
         directory (`Path`):
-            Folder to write to.
+            Folder to write to. It needs room for the old files and the new.
         federation (`Mapping[str, Any]`):
             What [`describe_federation`] returned. Its clients are saved.
         rounds (`Sequence[Mapping[str, Any]]`):
@@ -212,7 +215,6 @@ def save_federation(
     """
     config = _config_to_save(model, adapter_name)
     client_ids = list(federation["clients"])
-    _write_adapter(directory / "shared", config, shared)
     saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
     if others := sorted(saved - set(client_ids)):
         logger.warning(
@@ -220,29 +222,39 @@ def save_federation(
             directory / "clients",
             ", ".join(others),
         )
-    entries = {}
-    for client_id in client_ids:
-        tensors, client_config = {**client_tensors(client_id), **frozen}, config
-        if mutates_base(config):
-            client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
-        path = _write_adapter(directory / "clients" / client_id, client_config, tensors)
-        entries[client_id] = {**federation["clients"][client_id], "sha256": file_sha256(path)}
-    complete = {**federation, "clients": entries}
-    write_text(directory / ROUNDS, _jsonl(rounds))
-    write_text(directory / CARD, make_model_card(complete, rounds, repo_id=None))
-    write_json(directory / FEDERATION, complete)
+    with _scratch(directory) as scratch:
+        _write_adapter(scratch / "shared", config, shared)
+        entries = {}
+        for client_id in client_ids:
+            tensors, client_config = {**client_tensors(client_id), **frozen}, config
+            if mutates_base(config):
+                client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
+            path = _write_adapter(scratch / "clients" / client_id, client_config, tensors)
+            entries[client_id] = {**federation["clients"][client_id], "sha256": file_sha256(path)}
+        complete = {**federation, "clients": entries}
+        write_text(scratch / ROUNDS, _jsonl(rounds))
+        write_text(scratch / CARD, make_model_card(complete, rounds, repo_id=None))
+        write_json(scratch / FEDERATION, complete)
+
+
+@contextlib.contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    """A folder to write to. What is in it at the end takes its place in `directory`, `federation.json` last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving.") as name:
+        scratch = Path(name)
+        yield scratch
+        files = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == FEDERATION, file)):
+            (directory / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(scratch / file, directory / file)
 
 
 def save_processing_class(processing_class: Any, directory: Path) -> list[str]:
     """Saves a tokenizer or processor, each file whole or not at all, and returns the names of the files."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".processing.") as scratch:
-        processing_class.save_pretrained(scratch)
-        names = sorted(path.relative_to(scratch).as_posix() for path in Path(scratch).rglob("*") if path.is_file())
-        for name in names:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(scratch) / name, directory / name)
-    return names
+    with _scratch(directory) as scratch:
+        processing_class.save_pretrained(str(scratch))
+        return sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
 
 
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:
