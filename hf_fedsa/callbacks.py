@@ -44,6 +44,7 @@ class RoundCallback(TrainerCallback):
 
     def __init__(self, trainer: "FederatedMixin"):
         self.trainer = trainer
+        self._postponed = {"should_evaluate": False, "should_save": False}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.begin_run()
@@ -56,9 +57,21 @@ class RoundCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()
+        self._postpone(args, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.end_round()
+        self._postpone(args, control)
+
+    # In the middle of a round, each of several processes knows its own clients alone.
+    def _postpone(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Puts off to the round's end what needs all clients."""
+        if args.world_size == 1:
+            return
+        for name in self._postponed:
+            due = getattr(control, name) or self._postponed[name]
+            self._postponed[name] = due and self.trainer.round_is_open
+            setattr(control, name, due and not self.trainer.round_is_open)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.end_run()

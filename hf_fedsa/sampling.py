@@ -128,10 +128,21 @@ class LocalWork:
 
 @dataclass(frozen=True)
 class Wave:
-    """Clients that train at the same time, in slot order, and the number of steps until the last one has finished."""
+    """
+    Clients that train at the same time.
+
+    Args:
+        client_ids (`tuple[str, ...]`):
+            Those of this process, in slot order.
+        num_steps (`int`):
+            Steps until the last one has finished, in whichever process.
+        steps_of_all (`tuple[int, ...]`, *optional*, defaults to `()`):
+            Local steps of every client of the wave, in all processes.
+    """
 
     client_ids: tuple[str, ...]
     num_steps: int
+    steps_of_all: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,7 @@ class Round:
         client_ids (`tuple[str, ...]`):
             Its clients, sorted.
         waves (`tuple[Wave, ...]`):
-            The clients in the order in which they train.
+            The clients in the order in which they train. Of several processes, each has its own clients.
     """
 
     round_index: int
@@ -170,11 +181,34 @@ def plan_round(
     clients_per_round: int | None,
     parallel_clients: int,
     sampler: ClientSampler,
+    num_processes: int = 1,
+    process_index: int = 0,
+    row_lengths: Mapping[str, float] | None = None,
 ) -> Round:
     """
-    Samples a round's clients and groups them into waves of at most `parallel_clients`.
+    Samples a round's clients and groups them into waves of at most `parallel_clients` per process.
 
-    Clients with as many steps as each other train together, so that few slots wait for a neighbour.
+    Clients with as many steps as each other train together, and among them those with rows of like length, so that few
+    slots wait for a neighbour. Within a wave, the longest go to the process that has least to do.
+
+    Args:
+        round_index (`int`):
+            Round, counted from 0.
+        num_rows (`Mapping[str, int]`):
+            Rows of every client.
+        work (`LocalWork`):
+            How much a client trains.
+        clients_per_round (`int`, *optional*):
+            Clients to sample. `None` means all.
+        parallel_clients (`int`):
+            Clients that train side by side in a process.
+        sampler (`ClientSampler`):
+            Chooses the clients.
+        num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
+            Processes that share the work, and the one whose waves are returned. All have the same number of waves and
+            of steps, some of which a process may have nothing to do in.
+        row_lengths (`Mapping[str, float]`, *optional*):
+            Mean length of each client's rows, in tokens. `None` takes all to be alike.
 
     Raises:
         `ValueError`: `sampler` returned no client, one twice, or one that does not exist.
@@ -188,7 +222,26 @@ def plan_round(
             "of the ids it is given, and each once."
         )
     steps = {client_id: work.num_steps(num_rows[client_id]) for client_id in client_ids}
-    by_length = sorted(client_ids, key=lambda client_id: (-steps[client_id], client_id))
-    groups = [by_length[i : i + parallel_clients] for i in range(0, len(by_length), parallel_clients)]
-    waves = tuple(Wave(tuple(group), max(steps[client_id] for client_id in group)) for group in groups)
-    return Round(round_index=round_index, client_ids=tuple(client_ids), waves=waves)
+    lengths = row_lengths or dict.fromkeys(client_ids, 1.0)
+    by_length = sorted(client_ids, key=lambda client_id: (-steps[client_id], -lengths[client_id], client_id))
+    size = parallel_clients * num_processes
+    waves = []
+    for group in (by_length[i : i + size] for i in range(0, len(by_length), size)):
+        shares = _deal(group, {c: steps[c] * lengths[c] for c in group}, num_processes, parallel_clients)
+        wave_steps = tuple(steps[client_id] for client_id in group)
+        waves.append(Wave(tuple(shares[process_index]), max(wave_steps), steps_of_all=wave_steps))
+    return Round(round_index=round_index, client_ids=tuple(client_ids), waves=tuple(waves))
+
+
+def _deal(
+    client_ids: Sequence[str], work: Mapping[str, float], num_processes: int, parallel_clients: int
+) -> list[list[str]]:
+    """Gives each client, the one with most work first, to the process that has least to do and a slot free."""
+    shares: list[list[str]] = [[] for _ in range(num_processes)]
+    load = [0.0] * num_processes
+    for client_id in sorted(client_ids, key=lambda client_id: -work[client_id]):
+        free = [process for process in range(num_processes) if len(shares[process]) < parallel_clients]
+        process = min(free, key=lambda process: (load[process], process))
+        shares[process].append(client_id)
+        load[process] += work[client_id]
+    return shares

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
 from peft import PeftConfig, PeftModel
@@ -151,6 +152,8 @@ class FederatedMixin:
             _refuse_packing(args)
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
+            # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
+            args.average_tokens_across_devices = False
         if args.push_to_hub:
             published = self._published_clients(args)
             if args.should_save:
@@ -197,7 +200,8 @@ class FederatedMixin:
             )
         validate_peft_config(next(iter(self.model.peft_config.values())))
         per_round = min(args.clients_per_round or len(self.client_ids), len(self.client_ids))
-        num_slots = min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_round)
+        per_process = math.ceil(per_round / args.world_size)
+        num_slots = min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_process)
         self._slots = Slots(
             self.model,
             num_slots,
@@ -209,8 +213,13 @@ class FederatedMixin:
         self._shared = clone_tensors(self._slots.select(0, "shared"), dtype=torch.float32)
         self._initial_shared = clone_tensors(self._shared)
         self._initial_local = self._slots.take(0, "local")
-        self._clients = _make_store(args.client_store_dir, "clients")
-        self._optimizers = _make_store(args.client_store_dir, "optimizers")
+        # Where several processes take turns at a client, they find its B on the disk they have in common.
+        store = args.client_store_dir
+        if store is None and args.world_size > 1 and not self._keeps_trainer_loop:
+            store = str(Path(args.output_dir) / "client_store")
+        self._store_dir = Path(store) if store is not None else None
+        self._clients = _make_store(self._store_dir, "clients")
+        self._optimizers = _make_store(self._store_dir, "optimizers")
         self._mean = WeightedMean()
         self._progress = RunState()
         self._slot_of: dict[str, int] = {}
@@ -219,7 +228,7 @@ class FederatedMixin:
         self._loss_counts: dict[str, int] = {}
         self._schedule_at_round_start: dict[str, Any] | None = None
         self._resuming = False
-        self._owns_store = args.client_store_dir is None
+        self._owns_store = self._store_dir is None
         self._rounds: list[Round] = []
         # What is written of the federation
         self._origin: dict[str, Any] | None = None
@@ -433,6 +442,9 @@ class FederatedMixin:
     def _plan_rounds(self) -> list[Round]:
         num_rows = {client_id: len(rows) for client_id, rows in self._rows_of.items()}
         work = self._local_work()
+        lengths = None
+        if self.args.world_size > 1:
+            lengths = {c: fmean(self._row_lengths[row] for row in rows) for c, rows in self._rows_of.items()}
         return [
             plan_round(
                 round_index=round_index,
@@ -441,6 +453,9 @@ class FederatedMixin:
                 clients_per_round=self.args.clients_per_round,
                 parallel_clients=len(self._slots),
                 sampler=self._client_sampler,
+                num_processes=self.args.world_size,
+                process_index=self.args.process_index,
+                row_lengths=lengths,
             )
             for round_index in range(self.args.rounds)
         ]
@@ -556,7 +571,8 @@ class FederatedMixin:
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         try:
-            return self._training_step(model, inputs, num_items_in_batch)
+            with contextlib.nullcontext() if self._keeps_trainer_loop else self._alone():
+                return self._training_step(model, inputs, num_items_in_batch)
         except RuntimeError as error:
             # On the CPU the allocator raises a plain `RuntimeError`.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -596,8 +612,36 @@ class FederatedMixin:
                 self._add_loss(slot, client_loss)
                 loss = loss + client_loss
             self.current_gradient_accumulation_steps = accumulation_steps
-        # What was backpropagated is the sum over clients; what is logged is the mean.
-        return loss / len(self._step_batches)
+        # What was backpropagated is the sum over clients; what is logged is the mean. The Trainer takes the mean over
+        # processes, some of which may have fewer clients in this step.
+        return loss * self.args.world_size / self._clients_in_step()
+
+    def _clients_in_step(self) -> int:
+        """Clients that train in the present step, over all processes."""
+        if self.args.world_size == 1:
+            return len(self._step_batches)
+        return sum(steps > self._progress.wave_steps for steps in self._current_wave().steps_of_all)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """
+        Within this context the Trainer computes for this process alone, where it would gather from all of them.
+
+        Processes train and evaluate clients of their own: there is nothing to gather, and not equally often.
+        """
+        if self.args.world_size == 1:
+            yield
+            return
+        gather = self.gather_function
+        self.gather_function = _unchanged
+        for name in _COLLECTIVES:
+            setattr(self.accelerator, name, _unchanged)
+        try:
+            yield
+        finally:
+            for name in _COLLECTIVES:
+                delattr(self.accelerator, name)
+            self.gather_function = gather
 
     def _serving(self, slot_rows: SlotRows, inputs: Mapping[str, Any]):
         main_input = inputs.get(self.model.main_input_name)
@@ -737,26 +781,44 @@ class FederatedMixin:
     def begin_run(self) -> None:
         """Starts from the initial state, unless a checkpoint has just been loaded."""
         if not self._resuming:
-            self._claim_store(resuming=False)
+            with self._first_process_first():
+                self._claim_store(resuming=False)
+                self._fill_stores({})
             self._shared = clone_tensors(self._initial_shared)
-            self._clients.clear()
-            self._optimizers.clear()
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
         self._resuming = False
+
+    @contextlib.contextmanager
+    def _first_process_first(self) -> Iterator[None]:
+        """Lets the first process of the machines' common disk finish what is in this context before the others."""
+        if not self.is_world_process_zero():
+            self.accelerator.wait_for_everyone()
+        yield
+        if self.is_world_process_zero():
+            self.accelerator.wait_for_everyone()
+
+    def _fill_stores(self, folders: Mapping[str, Path]) -> None:
+        """Replaces what the stores hold by the files of folders called `clients` and `optimizers`, or by nothing."""
+        if self._store_dir is not None and not self.is_world_process_zero():
+            return  # The first process has done it for all.
+        for name, store in (("clients", self._clients), ("optimizers", self._optimizers)):
+            store.clear()
+            for path in sorted(folders[name].glob("*.safetensors")) if name in folders else ():
+                store.put(path.name.removesuffix(".safetensors"), load_file(path))
 
     def _claim_store(self, resuming: bool) -> None:
         """Makes sure that a store on disk holds no clients of another run before they are replaced."""
         if self._owns_store:
             return
-        owner = Path(self.args.client_store_dir) / "run.json"
+        owner = self._store_dir / "run.json"
         this_run = {"output_dir": str(Path(self.args.output_dir).resolve()), "client_ids": sorted(self.client_ids)}
         same_run = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == this_run
         # A run that died before its first checkpoint has to start anew, and its clients are of no use.
         nothing_to_resume = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.debug) is None
         if (list(self._clients) or list(self._optimizers)) and not (same_run and (resuming or nothing_to_resume)):
             raise ValueError(
-                f"`client_store_dir={self.args.client_store_dir!r}` holds the clients of another run, which this one "
+                f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
                 "would overwrite. Resume that run from a checkpoint, or pass another directory."
             )
         write_json(owner, this_run)
@@ -900,6 +962,9 @@ class FederatedMixin:
         return float(work.num_examples(num_rows, order, self._loss_counts[client_id]))
 
     def _close_round(self) -> None:
+        losses = {c: float(self._losses[c]) / self._loss_counts[c] for c in self._progress.weights}
+        if self.args.world_size > 1 and not self._keeps_trainer_loop:
+            losses = self._combine_processes(losses)
         progress = self._progress
         if not progress.weights and progress.left_out:
             client_id, fault = next(iter(progress.left_out.items()))
@@ -922,10 +987,9 @@ class FederatedMixin:
                 len(progress.weights),
                 self.args.min_clients_per_round,
             )
-        trained = list(progress.weights)
         metrics = round_metrics(
             round_index=progress.rounds_done,
-            losses={client_id: float(self._losses[client_id]) / self._loss_counts[client_id] for client_id in trained},
+            losses=losses,
             weights=progress.weights,
             left_out=progress.left_out,
             staleness=progress.staleness,
@@ -949,6 +1013,46 @@ class FederatedMixin:
         self._call_round_event("on_round_end", metrics=copy.deepcopy(metrics))
         if self._push_is_due:
             self._push_progress()
+
+    def _combine_processes(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """
+        Adds up the round over all processes: A as one all-reduce of weighted sums in fp32, and what is reported of it.
+
+        Returns:
+            `dict[str, float]`: mean loss of every client of the round.
+        """
+        progress = self._progress
+        if self._trains_shared:
+            keys = sorted(self._shared)
+            sums = [
+                self._mean.mean.get(key, torch.zeros_like(self._shared[key])) * self._mean.total_weight for key in keys
+            ]
+            total = torch.tensor([self._mean.total_weight], dtype=torch.float32)
+            flat = torch.cat([*(tensor.flatten() for tensor in sums), total]).to(self.args.device)
+            flat = self.accelerator.reduce(flat, reduction="sum").cpu()
+            if (weight := float(flat[-1])) > 0:
+                parts = (flat[:-1] / weight).split([self._shared[key].numel() for key in keys])
+                mean = {k: part.view_as(self._shared[k]).clone() for k, part in zip(keys, parts, strict=True)}
+                self._mean = WeightedMean(mean, weight)
+        mine = {
+            "losses": dict(losses),
+            "weights": progress.weights,
+            "left_out": progress.left_out,
+            "staleness": progress.staleness,
+            "last_round": {c: r for c, r in progress.last_round.items() if r == progress.rounds_done},
+            "bytes": [progress.bytes_down, progress.bytes_up],
+        }
+        everyone = gather_object([mine])
+        for name in ("weights", "left_out", "staleness", "last_round"):
+            for part in everyone:
+                getattr(progress, name).update(part[name])
+        progress.bytes_down, progress.bytes_up = (sum(part["bytes"][i] for part in everyone) for i in (0, 1))
+        return {client_id: loss for part in everyone for client_id, loss in part["losses"].items()}
+
+    @property
+    def round_is_open(self) -> bool:
+        """Whether a client of a round has begun to train, and the round's A is not averaged yet."""
+        return self._progress.round_open
 
     def _advance_schedule_to_round_end(self) -> None:
         """The last wave may have been shorter than the round is on the schedule."""
@@ -1011,21 +1115,26 @@ class FederatedMixin:
         by_name: dict[str, list[float]] = {}
         results: dict[str, dict[str, float]] = {}
         num_samples = num_steps = 0
-        for client_id, rows in datasets.items():
-            prefix = f"{metric_key_prefix}_{client_id}"
-            dataloader = self.get_eval_dataloader(rows)
-            with self.use_client(client_id):
+        mine = list(datasets)[self.args.process_index :: self.args.world_size]
+        outputs: dict[str, tuple[dict[str, Any], int]] = {}
+        for client_id in mine:
+            with self._alone(), self.use_client(client_id):
                 output = self.evaluation_loop(
-                    dataloader,
+                    self.get_eval_dataloader(datasets[client_id]),
                     description=f"Evaluation of {client_id}",
                     prediction_loss_only=True if self.compute_metrics is None else None,
                     ignore_keys=ignore_keys,
-                    metric_key_prefix=prefix,
+                    metric_key_prefix=f"{metric_key_prefix}_{client_id}",
                 )
-            num_samples += output.num_samples
-            num_steps += math.ceil(output.num_samples / self.args.eval_batch_size)
-            for key, value in output.metrics.items():
-                name = key.removeprefix(f"{prefix}_")
+            outputs[client_id] = output.metrics, output.num_samples
+        if self.args.world_size > 1:
+            outputs = {client_id: output for part in gather_object([outputs]) for client_id, output in part.items()}
+        for client_id in datasets:
+            client_metrics, samples = outputs[client_id]
+            num_samples += samples
+            num_steps += math.ceil(samples / self.args.eval_batch_size)
+            for key, value in client_metrics.items():
+                name = key.removeprefix(f"{metric_key_prefix}_{client_id}_")
                 if name != "model_preparation_time":
                     metrics[key] = value
                     by_name.setdefault(name, []).append(value)
@@ -1087,12 +1196,18 @@ class FederatedMixin:
         if _internal_call and not self.args.save_only_model:
             if self.args.should_save:
                 self._save_state(directory)
+            self.accelerator.wait_for_everyone()
             return
         self._save_federation(directory)
         if self.args.push_to_hub and not _internal_call and self.args.should_save:
             self._push(directory, commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_federation(self, directory: Path) -> None:
+        if self.args.world_size > 1 and self.round_is_open and not self._keeps_trainer_loop:
+            raise RuntimeError(
+                "In the middle of a round, each process knows its own clients alone, so the federation cannot be "
+                "saved. Save in `on_round_end`, or after training."
+            )
         self._finish_current_push()  # It reads the files that are about to be replaced.
         if not self._names_clients:
             super().save_model(str(directory), _internal_call=True)
@@ -1208,6 +1323,7 @@ class FederatedMixin:
             "clients_per_round": self.args.clients_per_round,
             "client_sampling": self.args.client_sampling,
             "parallel_clients": len(self._slots),
+            "num_processes": self.args.world_size,
             "work": dataclasses.asdict(work),
         }
 
@@ -1411,6 +1527,11 @@ class FederatedMixin:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
         """
         self._resuming = False
+        if self.args.world_size > 1 and not self._keeps_trainer_loop:
+            # Prepared as for evaluation, the model is not wrapped in `DistributedDataParallel`: its gradients are
+            # those of this process's clients, and are not to be averaged.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+            self.model._is_accelerate_prepared = True
         if resume_from_checkpoint is True:
             newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
             if newest is None:
@@ -1428,7 +1549,6 @@ class FederatedMixin:
         folder = checkpoint / STATE_FOLDER
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         check_same_federation(state["identity"], json.loads(json.dumps(self._identity())), checkpoint)
-        self._claim_store(resuming=True)
 
         self._progress = RunState(**state["progress"])
         server = load_file(folder / "server.safetensors")
@@ -1437,10 +1557,9 @@ class FederatedMixin:
         self._mean = WeightedMean(mean, self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
-        for store, name in ((self._clients, "clients"), (self._optimizers, "optimizers")):
-            store.clear()
-            for path in sorted((folder / name).glob("*.safetensors")):
-                store.put(path.name.removesuffix(".safetensors"), load_file(path))
+        with self._first_process_first():
+            self._claim_store(resuming=True)
+            self._fill_stores({"clients": folder / "clients", "optimizers": folder / "optimizers"})
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
@@ -1949,11 +2068,10 @@ def _refuse_packing(args: FederatedConfig) -> None:
 
 
 def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise ValueError(
-            f"A federation of several clients runs in one process on one device, but there are {args.world_size} "
-            f"processes with {args.n_gpu} devices each. Launch it with `--num_processes 1` and one visible device; "
-            "`parallel_clients` trains clients side by side."
+            f"One process cannot spread a federation over its {args.n_gpu} devices. Launch one process per device "
+            "(`accelerate launch --num_processes ...`), or make one visible (`CUDA_VISIBLE_DEVICES=0`)."
         )
     if args.padding_free:
         raise ValueError(
@@ -1985,6 +2103,14 @@ def _split_by_client(dataset: Dataset, column: str) -> dict[str, Dataset]:
     rows = rows_by_client(dataset, column, name="eval_dataset")
     plain = dataset.remove_columns(column)
     return {client_id: plain.select(indices) for client_id, indices in rows.items()}
+
+
+# What `Accelerator` does across processes in a step or an evaluation.
+_COLLECTIVES = ("gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader")
+
+
+def _unchanged(data: Any, *args, **kwargs) -> Any:
+    return data
 
 
 # Arguments that the model card lists: those that change what is learned, and none that tells of the machine.
@@ -2049,8 +2175,8 @@ def _log_failed_push(rounds_done: int, future: Future[CommitInfo]) -> None:
         logger.error("The push after round %d failed, the next one carries everything: %s", rounds_done, error)
 
 
-def _make_store(directory: str | None, name: str) -> ClientStore:
-    return MemoryClientStore() if directory is None else DiskClientStore(Path(directory) / name)
+def _make_store(directory: Path | None, name: str) -> ClientStore:
+    return MemoryClientStore() if directory is None else DiskClientStore(directory / name)
 
 
 def _base_model_name(model: PeftModel) -> str:

@@ -58,6 +58,11 @@ PRIVATE_NAMES = {
         "overrides it to push at round ends what the user chose to publish",
     ),
     "_finish_current_push": (Trainer, (), "calls it before it replaces files that a push is reading"),
+    "_is_accelerate_prepared": (
+        accelerate.Accelerator,
+        None,
+        "sets it on the model so that several processes do not average its gradients",
+    ),
     "_get_num_items_in_batch": (Trainer, ("batch_samples", "device"), "calls it to count each client's own tokens"),
     "_get_output_dir": (Trainer, ("trial",), "calls it to find the checkpoint that was just written"),
     "_prepare_dataset": (
@@ -129,6 +134,20 @@ def test_overrides_can_be_called_the_way_upstream_calls_them(ours, name):
         optional = upstream.parameters[parameter].default is not inspect.Parameter.empty
         ours_optional = signature.parameters[parameter].default is not inspect.Parameter.empty
         assert ours_optional or not optional, f"`{parameter}` of {name} is optional upstream, but not in hf_fedsa."
+
+
+def test_a_model_that_is_marked_as_prepared_is_not_wrapped():
+    source = inspect.getsource(accelerate.Accelerator.prepare_model)
+    mark, wrap = source.find('"_is_accelerate_prepared"'), source.find("DistributedDataParallel")
+    assert 0 < mark < wrap, "Accelerator.prepare_model no longer leaves a model alone that is marked as prepared."
+    model = torch.nn.Linear(2, 2)
+    model._is_accelerate_prepared = True
+    assert accelerate.Accelerator(cpu=True).prepare_model(model) is model
+
+
+@pytest.mark.parametrize("name", ["gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader"])
+def test_what_is_left_out_when_a_process_computes_alone_exists(name):
+    assert callable(getattr(accelerate.Accelerator, name, None)), f"Accelerator.{name} is gone, see `_COLLECTIVES`."
 
 
 def test_upstream_pushes_by_keywords():

@@ -1,0 +1,94 @@
+"""
+A federation in as many processes as a launcher starts. Run by `test_processes.py`, e.g.
+
+    ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 tests/federation_run.py OUT '{"num_rounds": 2}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
+from safetensors.torch import save_file
+
+from hf_fedsa import FederatedTrainer
+
+# Unequal clients: 5 of them, of 2 to 10 rows and short to long rows.
+CLIENTS = {f"client_{i}": (2 + 2 * i, 4 + 2 * (i % 3), 6 + 4 * (i % 3)) for i in range(5)}
+
+
+def make_clients():
+    return {
+        name: make_rows(rows, seed=i, min_words=low, max_words=high)
+        for i, (name, (rows, low, high)) in enumerate(CLIENTS.items())
+    }
+
+
+def make_trainer(folder: Path, **kwargs) -> FederatedTrainer:
+    return FederatedTrainer(
+        model=make_model(),
+        args=make_args(folder, **kwargs),
+        train_dataset=make_clients(),
+        eval_dataset={name: make_rows(3, seed=50 + i) for i, name in enumerate(CLIENTS)},
+        processing_class=make_tokenizer(),
+        peft_config=make_lora(),
+    )
+
+
+def report(trainer: FederatedTrainer, folder: Path) -> None:
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    tensors = {f"shared|{key}": tensor for key, tensor in trainer.shared_state_dict().items()}
+    for client_id in trainer.client_ids:
+        tensors |= {f"{client_id}|{key}": tensor for key, tensor in trainer.client_state_dict(client_id).items()}
+    rank = trainer.args.process_index
+    save_file(tensors, folder / f"end-{rank}.safetensors")
+    logs = [line for line in trainer.state.log_history if "loss" in line]
+    summary = {"metrics": metrics, "history": trainer.round_history, "logs": logs}
+    (folder / f"end-{rank}.json").write_text(json.dumps(summary))
+
+
+def record_collectives(trainer: FederatedTrainer, path: Path) -> None:
+    """Writes down every collective that carries tensors: its name, its size, and whether it is part of a step."""
+    in_step = False
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        nonlocal in_step
+        in_step = True
+        try:
+            return step(*args, **kwargs)
+        finally:
+            in_step = False
+
+    def wrap(name):
+        call = getattr(torch.distributed, name)
+
+        def recorded(*args, **kwargs):
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            numbers = [tensor.numel() for tensor in tensors if tensor.is_floating_point()]
+            with path.open("a") as file:
+                file.write(json.dumps({"name": name, "numbers": max(numbers, default=0), "in_step": in_step}) + "\n")
+            return call(*args, **kwargs)
+
+        setattr(torch.distributed, name, recorded)
+
+    trainer.training_step = training_step
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "gather", "scatter"):
+        wrap(name)
+
+
+def main(folder: Path, arguments: dict) -> None:
+    torch.set_num_threads(1)
+    resume, record = arguments.pop("resume", None), arguments.pop("record", False)
+    trainer = make_trainer(folder, **arguments)
+    if record:
+        record_collectives(trainer, folder / f"collectives-{trainer.args.process_index}.jsonl")
+    trainer.train(resume_from_checkpoint=resume)
+    report(trainer, folder)
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

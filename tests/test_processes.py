@@ -1,0 +1,167 @@
+"""One federation in several processes: the weights of one process, and nothing of a client but A on the wire."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import max_difference
+from federation_run import CLIENTS, make_clients, make_trainer, report
+from safetensors.torch import load_file
+
+from hf_fedsa.sampling import LocalWork, plan_round, sample_clients
+
+RUN = Path(__file__).parent / "federation_run.py"
+
+
+def command(folder, processes, arguments):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [*launcher, str(RUN), str(folder), json.dumps(arguments)]
+
+
+def environment():
+    return {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+
+
+def launch(folder, processes, **arguments):
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(
+        command(folder, processes, arguments), capture_output=True, text=True, timeout=300, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def alone(folder, **arguments):
+    folder.mkdir(exist_ok=True)
+    trainer = make_trainer(folder, **arguments)
+    trainer.train()
+    report(trainer, folder)
+
+
+def ends(folder, rank=0):
+    return load_file(folder / f"end-{rank}.safetensors"), json.loads((folder / f"end-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("processes", "arguments"),
+    [
+        (2, {"num_rounds": 2, "local_steps": 3, "parallel_clients": 2}),
+        (3, {"num_rounds": 3, "local_epochs": 1, "local_steps": None, "clients_per_round": 4, "parallel_clients": 1}),
+    ],
+    ids=["two", "three"],
+)
+def test_the_weights_of_one_process(tmp_path, processes, arguments):
+    alone(tmp_path / "one", **arguments)
+    launch(tmp_path / "many", processes, **arguments)
+    expected, told = ends(tmp_path / "one")
+    for rank in range(processes):
+        found, also_told = ends(tmp_path / "many", rank)
+        assert max_difference(found, expected) < 1e-5
+        for ours, theirs in zip(also_told["history"], told["history"], strict=True):
+            for name in ("round", "clients", "weights", "bytes_up", "bytes_down", "staleness", "counted"):
+                assert ours[name] == theirs[name]
+            assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+        losses = {key: value for key, value in told["metrics"].items() if key.endswith("_loss")}
+        assert {key: also_told["metrics"][key] for key in losses} == pytest.approx(losses, abs=1e-5)
+    saved = [sorted(p.relative_to(f).as_posix() for p in f.rglob("adapter_*")) for f in tmp_path.glob("*")]
+    assert saved[0] == saved[1] and len(saved[0]) == 2 * (len(CLIENTS) + 1)
+
+
+def test_nothing_but_sums_of_a_crosses(tmp_path):
+    launch(tmp_path, 2, num_rounds=2, local_steps=2, record=True)
+    expected, _ = ends(tmp_path)
+    size = sum(tensor.numel() for key, tensor in expected.items() if key.startswith("shared|"))
+    calls = [json.loads(line) for line in (tmp_path / "collectives-0.jsonl").read_text().splitlines()]
+    # Beside them, the Trainer gathers one loss per process for its log.
+    assert [call["numbers"] for call in calls if call["numbers"] > 1] == [size + 1] * 2
+    assert {call["name"] for call in calls if call["numbers"] > 1} == {"all_reduce"}
+    assert not [call for call in calls if call["in_step"]]
+
+
+def test_checkpoints_are_of_round_ends_and_go_on(tmp_path):
+    arguments = {
+        "num_rounds": 3,
+        "local_steps": 3,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "epoch",
+    }
+    launch(tmp_path / "whole", 2, **arguments)
+    expected, _ = ends(tmp_path / "whole")
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert steps == [3, 6, 9]
+    launch(tmp_path / "whole", 2, **arguments, resume=str(tmp_path / "whole" / "checkpoint-3"))
+    found, told = ends(tmp_path / "whole")
+    assert max_difference(found, expected) < 1e-6
+    assert len(told["history"]) == 3
+
+
+def test_ctrl_c_ends_all_processes(tmp_path):
+    arguments = {"num_rounds": 100000, "local_steps": 3}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command(tmp_path, 2, arguments), stdout=log, stderr=log, env=environment(), start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while "'round': 1" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
+                time.sleep(0.2)
+            assert "'round': 1" in (tmp_path / "log").read_text()
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+class TestDealing:
+    WORK = LocalWork(batch_size=1, accumulation_steps=1, local_steps=None, local_epochs=1)
+
+    def plans(self, num_rows, processes, parallel_clients, lengths=None):
+        def sampler(round_index, rows, number):
+            return sample_clients(rows, number, seed=0, round_index=round_index)
+
+        return [
+            plan_round(
+                0,
+                num_rows,
+                self.WORK,
+                None,
+                parallel_clients=parallel_clients,
+                sampler=sampler,
+                num_processes=processes,
+                process_index=i,
+                row_lengths=lengths,
+            )
+            for i in range(processes)
+        ]
+
+    @pytest.mark.parametrize("processes", [1, 2, 3])
+    @pytest.mark.parametrize("parallel_clients", [1, 2, 4])
+    def test_every_client_once_and_steps_in_common(self, processes, parallel_clients):
+        num_rows = {name: len(rows) for name, rows in make_clients().items()}
+        plans = self.plans(num_rows, processes, parallel_clients)
+        dealt = [c for plan in plans for wave in plan.waves for c in wave.client_ids]
+        assert sorted(dealt) == sorted(num_rows)
+        assert len({tuple(wave.num_steps for wave in plan.waves) for plan in plans}) == 1
+        for plan in plans:
+            for wave in plan.waves:
+                assert len(wave.client_ids) <= parallel_clients
+                assert wave.num_steps == max(wave.steps_of_all)
+        assert sum(len(wave.steps_of_all) for wave in plans[0].waves) == len(num_rows)
+
+    def test_a_wave_is_spread_before_a_process_is_filled(self):
+        plans = self.plans(dict.fromkeys("abc", 4), 3, 4)
+        assert [len(plan.waves[0].client_ids) for plan in plans] == [1, 1, 1]
+
+    def test_long_rows_weigh_more(self):
+        lengths = {"a": 100.0, "b": 50.0, "c": 50.0}
+        first, second = self.plans(dict.fromkeys("abc", 4), 2, 2, lengths)
+        assert (first.waves[0].client_ids, second.waves[0].client_ids) == (("a",), ("b", "c"))
