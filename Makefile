@@ -9,7 +9,10 @@ TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo "torch>=2.13" || echo "torch
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: install test test-slow quality format demo benchmark clean
+# The lowest versions that setup.py allows, each as name==version.
+LOWEST := $(shell sed -n 's/^ *"\([a-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.py | sort -u)
+
+.PHONY: install test test-slow test-lowest quality format demo benchmark clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +25,16 @@ $(VENV)/.installed: setup.py
 # The test models are tiny: two processes of one thread each are faster than one of two.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+# The same tests with the lowest versions, in an environment of their own.
+test-lowest: $(VENV)-lowest/.installed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 $(TEST_ARGS)
+
+$(VENV)-lowest/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet $(LOWEST)
+	$(VENV)-lowest/bin/python -m pip install --quiet --editable .
+	touch $@
 
 # The same claims on SmolLM2-135M in 4 bit. Takes minutes.
 test-slow: install
@@ -42,4 +55,4 @@ benchmark: install
 	$(BIN)/python recipes/benchmark.py
 
 clean:
-	rm -rf $(VENV) runs *.egg-info
+	rm -rf $(VENV) $(VENV)-lowest runs *.egg-info

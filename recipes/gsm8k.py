@@ -96,7 +96,8 @@ def main(recipe_args, training_args, model_args) -> None:
     # Model and adapter
     model = model_args.model_name_or_path
     if model == REPOSITORY:
-        model, training_args.hub_base_model = str(smollm2_folder()), REPOSITORY
+        with training_args.main_process_first():
+            model, training_args.hub_base_model = str(smollm2_folder()), REPOSITORY
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -131,9 +132,12 @@ def main(recipe_args, training_args, model_args) -> None:
     trainer.save_model()
 
     # Report
+    cross = cross_table(trainer) if recipe_args.cross_evaluation else None
+    if not trainer.is_world_process_zero():
+        return
     print(results_table(trainer, before, after))
-    if recipe_args.cross_evaluation:
-        print(cross_table(trainer))
+    if cross is not None:
+        print(cross)
     print(f"Personalised adapters: {Path(training_args.output_dir) / 'clients'}")
     if training_args.push_to_hub:
         print(f"On the Hub: {trainer.hub_model_id}")

@@ -90,6 +90,8 @@ def main(recipe_args, training_args, model_args) -> None:
     newcomer.save_model()
 
     # Report
+    if not newcomer.is_world_process_zero():
+        return
     starts = {"zero": "the base model", "mean": "the mean of the clients"}
     start = starts.get(recipe_args.init_local, recipe_args.init_local)
     print(f"\nLoss of {recipe_args.client_id} on held-out rows: {before:.3f} as {start}, {after:.3f} trained")
