@@ -57,16 +57,16 @@ class RoundCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.end_step()
-        self._postpone(args, control)
+        self._postpone(control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self.trainer.end_round()
-        self._postpone(args, control)
+        self._postpone(control)
 
     # In the middle of a round, each of several processes knows its own clients alone.
-    def _postpone(self, args: TrainingArguments, control: TrainerControl) -> None:
+    def _postpone(self, control: TrainerControl) -> None:
         """Puts off to the round's end what needs all clients."""
-        if args.world_size == 1:
+        if not self.trainer.spans_processes:
             return
         for name in self._postponed:
             due = getattr(control, name) or self._postponed[name]

@@ -39,11 +39,12 @@ class FederatedConfig(SFTConfig):
         > Execution
 
         parallel_clients (`int`, *optional*):
-            Clients that train side by side in one forward pass. It changes speed and memory, not results (dropout
-            and other noise draw other numbers). `None` means as many as a round samples, up to 4. `1` trains them one
-            after the other with the least memory.
+            Clients that train side by side in one forward pass, per process. It changes speed and memory, not results
+            (dropout and other noise draw other numbers). `None` means as many as a round samples, up to 4. `1` trains
+            them one after the other with the least memory.
         client_store_dir (`str`, *optional*):
-            Directory for the tensors of clients that are not training. `None` keeps them in memory.
+            Directory for the tensors of clients that are not training. `None` keeps them in memory, or, with several
+            processes, in `client_store` in `output_dir`, which all processes must see.
 
         > Aggregation
 
@@ -131,7 +132,10 @@ class FederatedConfig(SFTConfig):
     )
     client_store_dir: str | None = field(
         default=None,
-        metadata={"help": "Directory for the tensors of clients that are not training. None keeps them in memory."},
+        metadata={
+            "help": "Directory for the tensors of clients that are not training. None keeps them in memory, or, with "
+            "several processes, in output_dir."
+        },
     )
     aggregation_weighting: str = field(
         default="examples",

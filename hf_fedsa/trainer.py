@@ -963,7 +963,7 @@ class FederatedMixin:
 
     def _close_round(self) -> None:
         losses = {c: float(self._losses[c]) / self._loss_counts[c] for c in self._progress.weights}
-        if self.args.world_size > 1 and not self._keeps_trainer_loop:
+        if self.spans_processes:
             losses = self._combine_processes(losses)
         progress = self._progress
         if not progress.weights and progress.left_out:
@@ -1048,6 +1048,11 @@ class FederatedMixin:
                 getattr(progress, name).update(part[name])
         progress.bytes_down, progress.bytes_up = (sum(part["bytes"][i] for part in everyone) for i in (0, 1))
         return {client_id: loss for part in everyone for client_id, loss in part["losses"].items()}
+
+    @property
+    def spans_processes(self) -> bool:
+        """Whether the clients are spread over several processes. One client alone is trained as its Trainer does."""
+        return self.args.world_size > 1 and not self._keeps_trainer_loop
 
     @property
     def round_is_open(self) -> bool:
@@ -1203,7 +1208,7 @@ class FederatedMixin:
             self._push(directory, commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_federation(self, directory: Path) -> None:
-        if self.args.world_size > 1 and self.round_is_open and not self._keeps_trainer_loop:
+        if self.spans_processes and self.round_is_open:
             raise RuntimeError(
                 "In the middle of a round, each process knows its own clients alone, so the federation cannot be "
                 "saved. Save in `on_round_end`, or after training."
@@ -1527,7 +1532,7 @@ class FederatedMixin:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
         """
         self._resuming = False
-        if self.args.world_size > 1 and not self._keeps_trainer_loop:
+        if self.spans_processes:
             # Prepared as for evaluation, the model is not wrapped in `DistributedDataParallel`: its gradients are
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
