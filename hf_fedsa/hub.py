@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -37,18 +38,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from .aggregation import weighted_mean
-from .model_card import make_model_card, summarize
+from .model_card import TASKS, make_model_card, summarize
 from .parameters import (
     METHODS,
     AdapterMethod,
@@ -69,14 +62,6 @@ FEDERATION = "federation.json"
 ROUNDS = "rounds.jsonl"
 CARD = "README.md"
 
-# Class of the base model by the adapter's task. Adapters without a task are those of causal language models.
-_AUTO_CLASSES = {
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": AutoModel,
-}
 _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
 # Fields of an adapter's config that say nothing about the adapter, and those that mattered while it trained alone.
 _INCIDENTAL = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type")
@@ -409,7 +394,7 @@ def check_repository(
     if model is None:
         api.auth_check(repo_id, write=True)
         if client_repositories or (remote.federation is not None and remote.federation["client_repositories"]):
-            _check_client_repositories(api, [f"{repo_id}-{client_id}" for client_id in clients])
+            _read_client_repositories(api, [f"{repo_id}-{client_id}" for client_id in clients])
     elif remote.federation is not None:
         config = _config_to_save(model, model.active_adapter)
         remote.check_same_adapter(hub_base_model, _config_dict(config), repo_id)
@@ -515,9 +500,9 @@ def push_saved(
             "Set `hub_base_model` to its id there.",
             saved.federation["base_model"],
         )
-    there = _Remote.read(api, repo_id, revision=revision, private=private)
+    remote = _Remote.read(api, repo_id, revision=revision, private=private)
     if client_repositories is None:
-        client_repositories = bool(there and there.federation and there.federation["client_repositories"])
+        client_repositories = bool(remote and remote.federation and remote.federation["client_repositories"])
 
     def plan(remote: _Remote) -> tuple[dict[str, bytes | Path], list[CommitOperationDelete]]:
         return saved.files(
@@ -528,21 +513,23 @@ def push_saved(
             client_repositories=client_repositories,
         )
 
-    if there is not None:
-        plan(there)  # What cannot be joined is refused before anything is uploaded.
+    # What cannot be joined is refused before anything is uploaded.
+    planned = plan(remote) if remote is not None else None
     if client_repositories:
         _push_to_client_repositories(api, saved, repo_id, clients, commit_message)
     attempts = 3
     while True:
-        remote = _existing(api, repo_id, revision=revision, private=private)
-        files, deleted = plan(remote)
+        if planned is None:
+            remote = _existing(api, repo_id, revision=revision, private=private)
+            planned = plan(remote)
         try:
-            commit = _commit(api, repo_id, files, deleted, remote=remote, revision=revision, message=commit_message)
+            commit = _commit(api, repo_id, *planned, remote=remote, revision=revision, message=commit_message)
         except HfHubHTTPError as error:
             # Someone else, e.g. a newcomer, has pushed since the repository was read, so there is more to join.
             attempts -= 1
             if error.response.status_code != 412 or attempts == 0:
                 raise
+            planned = None
         else:
             saved.pushed.update(entry["sha256"] for entry in saved.federation["clients"].values() if entry["sha256"])
             return commit
@@ -561,16 +548,14 @@ def _push_to_client_repositories(
     api: HfApi, saved: "_Saved", repo_id: str, chosen: Sequence[str], message: str
 ) -> None:
     names = {client_id: f"{repo_id}-{client_id}" for client_id in saved.client_ids}
-    _check_client_repositories(api, [names[client_id] for client_id in chosen])
-    config = _read_json(saved.directory / "shared" / CONFIG, CONFIG)
-    for client_id in chosen:
-        remote = _Remote.read(api, names[client_id], revision=None, private=True)
+    remotes = _read_client_repositories(api, [names[client_id] for client_id in chosen])
+    for client_id, remote in zip(chosen, remotes, strict=True):
         if remote is not None and remote.federation is not None:
             if list(remote.federation["clients"]) != [client_id] or remote.federation["clients"][client_id]["path"]:
                 raise ValueError(f"The repository {names[client_id]} exists and holds another federation. Rename it.")
-            remote.check_same_adapter(saved.federation["hub_base_model"], config, names[client_id], path="")
-    for client_id in chosen:
-        remote = _existing(api, names[client_id], revision=None, private=True)
+            remote.check_same_adapter(saved.federation["hub_base_model"], saved.config, names[client_id], path="")
+    for client_id, remote in zip(chosen, remotes, strict=True):
+        remote = remote or _existing(api, names[client_id], revision=None, private=True)
         files = saved.client_repository_files(client_id, repo_id=names[client_id])
         _commit(api, names[client_id], files, [], remote=remote, revision=None, message=message)
     if left := [name for c, name in names.items() if c not in chosen and api.repo_exists(name)]:
@@ -581,11 +566,10 @@ def _push_to_client_repositories(
         )
 
 
-def _check_client_repositories(api: HfApi, names: Sequence[str]) -> None:
+def _read_client_repositories(api: HfApi, names: Sequence[str]) -> "list[_Remote | None]":
     for name in names:
         validate_repo_id(name)
-    for name in names:
-        _Remote.read(api, name, revision=None, private=True)
+    return [_Remote.read(api, name, revision=None, private=True) for name in names]
 
 
 def _commit(
@@ -689,6 +673,16 @@ class _Saved:
         return cls(directory, federation, rounds, shared)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """Config of the adapters."""
+        return _read_json(self.directory / "shared" / CONFIG, CONFIG)
+
+    @property
+    def processing_files(self) -> dict[str, bytes | Path]:
+        """Files of the tokenizer or processor, by their names."""
+        return {name: self.directory / name for name in self.federation["processing_files"]}
+
+    @property
     def client_ids(self) -> list[str]:
         """Clients whose adapters are here."""
         return [client_id for client_id, entry in self.federation["clients"].items() if entry["path"] is not None]
@@ -704,8 +698,7 @@ class _Saved:
     ) -> tuple[dict[str, bytes | Path], list[CommitOperationDelete]]:
         """What the repository is to hold, and what is to be deleted from it."""
         here = [] if client_repositories else published
-        files: dict[str, bytes | Path] = {name: self.directory / name for name in self.federation["processing_files"]}
-        files |= self._adapter_files("shared", "shared")
+        files = {**self.processing_files, **self._adapter_files("shared", "shared")}
         for client_id in here:
             path = self.federation["clients"][client_id]["path"]
             files |= self._adapter_files(path, path)
@@ -754,8 +747,7 @@ class _Saved:
         federation |= {"client_repositories": False, "root_adapter": None, "clients": {client_id: entry}}
         path = self.federation["clients"][client_id]["path"]
         rounds = _only_named(self.rounds, {client_id})
-        processing = {name: self.directory / name for name in self.federation["processing_files"]}
-        return {**processing, **self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
+        return {**self.processing_files, **self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
 
     def _adapter_files(self, source: str, target: str) -> dict[str, bytes | Path]:
         config = _read_json(self.directory / source / CONFIG, CONFIG)
@@ -791,8 +783,7 @@ class _Saved:
             `federation.json`, `rounds.jsonl`, and, where A has changed, files of clients known there alone.
         """
         there = remote.federation
-        config = _read_json(self.directory / "shared" / CONFIG, CONFIG)
-        remote.check_same_adapter(federation["base_model"], config, repo_id)
+        remote.check_same_adapter(federation["base_model"], self.config, repo_id)
         # Not the clients of a federation that was trained anew: their B would be joined with an A they never saw.
         lineage = {self.federation["initial_shared_sha256"], *(entry["shared_sha256"] for entry in self.rounds)}
         descends = there["shared_sha256"] in lineage
@@ -1041,13 +1032,7 @@ def load_personalized_model(
 
 def read_federation(directory: Path) -> dict[str, Any]:
     """Reads `federation.json`. Raises `FileNotFoundError` where there is none."""
-    path = directory / FEDERATION
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{directory} holds no federation: {path.name} is missing. Pass a folder that `trainer.save_model()` "
-            "wrote, or a repository that `trainer.push_to_hub()` wrote."
-        )
-    return _read_federation(path, str(path))
+    return _Source(directory).open().federation
 
 
 def _read_federation(path: Path, name: str) -> dict[str, Any]:
@@ -1242,8 +1227,10 @@ def _load_base(name: str, federation: Mapping[str, Any], adapter: _Adapter, kwar
             "The base model was quantized in training and is not now. `quantization_config` in %s says how it was.",
             FEDERATION,
         )
-    kind = _AUTO_CLASSES.get(_as_json(adapter.config.task_type), AutoModelForCausalLM)
-    return kind.from_pretrained(name, **{key: value for key, value in kwargs.items() if value is not None})
+    _, kind = TASKS.get(_as_json(adapter.config.task_type), TASKS[None])
+    return getattr(transformers, kind).from_pretrained(
+        name, **{key: value for key, value in kwargs.items() if value is not None}
+    )
 
 
 def _add_adapter(model: PreTrainedModel | PeftModel, adapter: _Adapter, client_id: str) -> PeftModel:

@@ -20,7 +20,7 @@ _CITATION = """\
 
 _METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "vera": "VeRA"}
 # By the adapter's task: the Hub's name for it, and the class of the base model.
-_TASKS = {
+TASKS = {
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
     "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
     "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
@@ -78,7 +78,7 @@ def _metadata(federation: Mapping[str, Any]) -> ModelCardData:
     return ModelCardData(
         base_model=base,
         library_name="peft",
-        pipeline_tag=_TASKS[federation["task_type"]][0],
+        pipeline_tag=TASKS[federation["task_type"]][0],
         language=card.get("language"),
         license=card.get("license"),
         datasets=card.get("dataset_name"),
@@ -101,7 +101,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _introduction(federation: Mapping[str, Any], where: str) -> str:
-    joined = sum(_joined_later(entry, federation) for entry in federation["clients"].values())
+    joined = len(_joined_later(federation))
     number, published = federation["num_clients"], len(_published(federation))
     if federation["client_repositories"]:
         which = "Adapters of clients are in private repositories of their own, named after this one and the client."
@@ -157,10 +157,11 @@ def _results_section(federation: Mapping[str, Any]) -> str:
     names = sorted(summary.keys() | {name for entry in named.values() for name in entry["results"]})
     if not names:
         return ""
+    joined_later = _joined_later(federation)
     lines = ["## Results", "", f"| client | training rows | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
     for client_id in sorted(named, key=_natural):
         entry = named[client_id]
-        label = f"{client_id} (joined later)" if _joined_later(entry, federation) else client_id
+        label = f"{client_id} (joined later)" if client_id in joined_later else client_id
         values = [_number(entry["results"].get(name)) for name in names]
         lines.append(f"| {label} | {_number(entry['num_examples'])} | {' | '.join(values)} |")
     number = max((entry["clients"] for entry in summary.values()), default=0)
@@ -178,13 +179,14 @@ def _results_section(federation: Mapping[str, Any]) -> str:
         text += " The adapters were trained further since." if after < federation["rounds_done"] else ""
     if number > 1:
         text += f" Mean and spread are over {_count(number, 'client')}"
-        text += " of the first training." if any(_joined_later(e, federation) for e in named.values()) else "."
+        text += " of the first training." if joined_later & named.keys() else "."
     return "\n".join([*lines, "", text])
 
 
-def _joined_later(entry: Mapping[str, Any], federation: Mapping[str, Any]) -> bool:
-    joined = sum(bool(other.get("joined")) for other in federation["clients"].values())
-    return bool(entry.get("joined")) and federation["num_clients"] > joined
+def _joined_later(federation: Mapping[str, Any]) -> set[str]:
+    """The newcomers among the clients, unless the federation has no others."""
+    joined = {client_id for client_id, entry in federation["clients"].items() if entry.get("joined")}
+    return joined if federation["num_clients"] > len(joined) else set()
 
 
 def _loading_section(federation: Mapping[str, Any], source: str) -> str:
@@ -196,7 +198,7 @@ def _loading_section(federation: Mapping[str, Any], source: str) -> str:
         client_id = published[0]
         path = federation["clients"][client_id]["path"]
         subfolder = f', subfolder="{path}"' if path else ""
-        kind = _TASKS[federation["task_type"]][1]
+        kind = TASKS[federation["task_type"]][1]
         parts += [
             "A client's model, with hf_fedsa:",
             f"```python\nfrom hf_fedsa import load_personalized_model\n\n"

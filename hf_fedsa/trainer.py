@@ -158,7 +158,7 @@ class FederatedMixin:
             published = self._published_clients(args)
             if args.should_save:
                 hub.check_repository(
-                    args.hub_model_id or Path(args.output_dir).absolute().name,
+                    _repository_name(args),
                     clients=published,
                     client_repositories=args.hub_client_repositories,
                     private=args.hub_private_repo,
@@ -215,7 +215,7 @@ class FederatedMixin:
         self._initial_local = self._slots.take(0, "local")
         # Where several processes take turns at a client, they find its B on the disk they have in common.
         store = args.client_store_dir
-        if store is None and args.world_size > 1 and not self._keeps_trainer_loop:
+        if store is None and self.spans_processes:
             store = str(Path(args.output_dir) / "client_store")
         self._store_dir = Path(store) if store is not None else None
         self._clients = _make_store(self._store_dir, "clients")
@@ -305,7 +305,7 @@ class FederatedMixin:
                     f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
                     "needed. Leave `model` out to use the base they were trained on."
                 )
-        frozen = self._frozen_tensors()
+        frozen = self._frozen_tensors
         if frozen and tensors_sha256(frozen) != origin.federation["frozen_sha256"]:
             raise ValueError(
                 "The adapter's constant projections, drawn here from `projection_prng_key`, are not those that the "
@@ -443,7 +443,7 @@ class FederatedMixin:
         num_rows = {client_id: len(rows) for client_id, rows in self._rows_of.items()}
         work = self._local_work()
         lengths = None
-        if self.args.world_size > 1:
+        if self.spans_processes:
             lengths = {c: fmean(self._row_lengths[row] for row in rows) for c, rows in self._rows_of.items()}
         return [
             plan_round(
@@ -1232,10 +1232,12 @@ class FederatedMixin:
             shared=self._shared,
             client_tensors=self._client_tensors,
             initial_tensors={**self._initial_shared, **self._initial_local},
-            frozen=self._frozen_tensors(),
+            frozen=self._frozen_tensors,
         )
 
+    @functools.cached_property
     def _frozen_tensors(self) -> dict[str, torch.Tensor]:
+        """The adapter's constants, such as VeRA's projections."""
         every = adapter_tensors(self.model, self._slots.names[0])
         return clone_tensors({key: tensor for key, tensor in every.items() if key not in self._slots.parameters[0]})
 
@@ -1275,7 +1277,7 @@ class FederatedMixin:
             adapter_name=self._slots.names[0],
             method=self._slots.method,
             shared=self._shared,
-            frozen=self._frozen_tensors(),
+            frozen=self._frozen_tensors,
             summary=json.loads(json.dumps(summary, default=str)),
         )
 
@@ -1474,7 +1476,7 @@ class FederatedMixin:
         push = functools.partial(
             hub.push_saved,
             saved,
-            repo_id or self.hub_model_id or args.hub_model_id or Path(args.output_dir).absolute().name,
+            repo_id or self.hub_model_id or _repository_name(args),
             clients=clients if clients is not None else self._published_clients(args),
             client_repositories=args.hub_client_repositories,
             name_clients=args.hub_name_clients,
@@ -2182,6 +2184,10 @@ def _log_failed_push(rounds_done: int, future: Future[CommitInfo]) -> None:
 
 def _make_store(directory: Path | None, name: str) -> ClientStore:
     return MemoryClientStore() if directory is None else DiskClientStore(directory / name)
+
+
+def _repository_name(args: FederatedConfig) -> str:
+    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def _base_model_name(model: PeftModel) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model
-from hf_fedsa.parameters import tensors_sha256
+from hf_fedsa.parameters import adapter_tensors, tensors_sha256
 from hf_fedsa.trainer import FederatedMixin
 
 REPO = "me/fed"
@@ -296,7 +296,10 @@ class TestPushing:
     def test_a_federation_trained_anew_with_the_same_clients_takes_their_place(self, published, base_dir, tmp_path):
         anew = train_federation(base_dir, tmp_path / "anew", seed=9)
         anew.push_to_hub(REPO, clients="all")
-        load_personalized_model(REPO, "client_0")
+        model = load_personalized_model(REPO, "client_0")
+        shared = anew.shared_state_dict()
+        found = {key: tensor for key, tensor in adapter_tensors(model, "client_0").items() if key in shared}
+        assert max_difference(found, shared) == 0
 
     def test_taken_back_it_is_gone(self, published, hub, tmp_path):
         newcomer = join(REPO, tmp_path / "new", client_id="clinic")

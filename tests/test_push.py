@@ -19,6 +19,7 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fedsa import FederatedCallback, FederatedTrainer, list_clients, load_personalized_model, push_federation
+from hf_fedsa.parameters import tensors_sha256
 
 REPO = "me/fed"
 
@@ -573,7 +574,8 @@ class TestLoading:
 
     def test_from_a_folder_called_snapshots(self, pushed, hub):
         hub.put("me/odd", {f"snapshots/v1/{name}": content for name, content in hub.files(REPO).items()})
-        load_personalized_model("me/odd", "client_1", subfolder="snapshots/v1")
+        model = load_personalized_model("me/odd", "client_1", subfolder="snapshots/v1")
+        assert model.active_adapter == "client_1"
 
     def test_from_a_folder_in_a_repository(self, pushed, hub, inputs):
         _, logits = pushed
@@ -689,6 +691,9 @@ class TestRaces:
         first.push_to_hub(REPO, clients="all")
         for client_id in first.client_ids:
             load_personalized_model(REPO, client_id)
+        assert json.loads(hub.files(REPO)["federation.json"])["shared_sha256"] == tensors_sha256(
+            first.shared_state_dict()
+        )
 
     def test_a_public_repository_that_appears_meanwhile(self, trained, hub):
         hub.before("POST", "/repos/create", lambda: hub.put(REPO, {"README.md": b"---\n---\n"}))
@@ -703,9 +708,10 @@ class TestRaces:
         future = trainer.push_to_hub(REPO, clients="all", blocking=False)
         trainer.train()
         trainer.save_model()
-        future.result()
+        pushed = future.result().oid
         for client_id in trainer.client_ids:
             load_personalized_model(REPO, client_id)
+        assert hub.repos[REPO].commits[-1].oid == pushed
 
     def test_a_later_push_is_the_later_one(self, trained, hub):
         hub.before("POST", "/preupload/", lambda: time.sleep(1.0))
