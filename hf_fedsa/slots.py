@@ -234,22 +234,28 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
     first = names[0]
     dtype = _compute_dtype(x, layer.lora_A[first].weight)
     x = layer.lora_dropout[first](x.to(dtype))
-    biases = [layer.lora_B[name].bias for name in names]
+    scaling = layer.scaling[first]
     if len(set(counts)) == 1:
         a = torch.stack([layer.lora_A[name].weight for name in names]).to(dtype)  # (clients, r, in_features)
         b = torch.stack([layer.lora_B[name].weight for name in names]).to(dtype)  # (clients, out_features, r)
-        by_client = x.reshape(len(names), -1, x.shape[-1])  # (clients, rows * tokens, in_features)
-        delta = torch.bmm(torch.bmm(by_client, a.mT), b.mT)
-        if biases[0] is not None:
-            delta = delta + torch.stack(biases)[:, None]
+        reduced = torch.bmm(x.reshape(len(names), -1, x.shape[-1]), a.mT)  # (clients, rows * tokens, r)
+        biased, autocast = layer.lora_B[first].bias is not None, torch.is_autocast_enabled(x.device.type)
+        if result.dtype == dtype and not biased and not autocast:
+            # In one pass over the outputs, which is what takes the time. Autocast would round the base layer's too.
+            by_client = result.reshape(len(names), -1, result.shape[-1])
+            return torch.baddbmm(by_client, reduced, b.mT, alpha=scaling).view(result.shape)
+        delta = torch.bmm(reduced, b.mT)
+        if biased:
+            delta = delta + torch.stack([layer.lora_B[name].bias for name in names])[:, None]
         delta = delta.view(result.shape)
     else:
-        parts = zip(names, biases, x.split(list(counts)), strict=True)
-        delta = torch.cat([_low_rank_product(layer, n, bias, rows, dtype) for n, bias, rows in parts])
-    return torch.add(result, delta.to(result.dtype), alpha=layer.scaling[first])
+        parts = zip(names, x.split(list(counts)), strict=True)
+        delta = torch.cat([_low_rank_product(layer, name, rows, dtype) for name, rows in parts])
+    return torch.add(result, delta.to(result.dtype), alpha=scaling)
 
 
-def _low_rank_product(layer, name, bias, rows, dtype) -> torch.Tensor:
+def _low_rank_product(layer, name, rows, dtype) -> torch.Tensor:
+    bias = layer.lora_B[name].bias
     reduced = F.linear(rows, layer.lora_A[name].weight.to(dtype))
     return F.linear(reduced, layer.lora_B[name].weight.to(dtype), None if bias is None else bias.to(dtype))
 

@@ -16,7 +16,6 @@ from statistics import fmean, pstdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from huggingface_hub import CommitInfo, HfApi
@@ -51,6 +50,7 @@ from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, plan_round, sample_clients
+from .scoring import score_next_tokens
 from .slots import SlotRows, Slots, mutates_base, take_rows
 from .state import (
     STATE_FOLDER,
@@ -672,6 +672,16 @@ class FederatedMixin:
             self._add_loss(slot, loss)
             total = loss if total is None else total + loss
         return total
+
+    # The Trainer walks over the model for this at every step, and counts the adapters of all slots for every token.
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        main_input = inputs.get(self.model.main_input_name)
+        return 0 if main_input is None else main_input.numel() * self._operations_per_token
+
+    @functools.cached_property
+    def _operations_per_token(self) -> int:
+        of_all = super().floating_point_ops({self.model.main_input_name: torch.empty(1)})
+        return of_all - 6 * sum(p.numel() for slot in self._slots.parameters[1:] for p in slot.values())
 
     def _add_loss(self, slot: int, loss: torch.Tensor) -> None:
         client_id = self._client_in(slot)
@@ -1799,21 +1809,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             head, (BaseTunerLayer, AuxiliaryTrainingWrapper)
         ):
             return model(**{**inputs, "use_cache": False}, fused_lm_head=True)
-        labels = inputs["labels"][:, 1:]
-        mask = labels != -100
-        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits[:, :-1]
-        scored = F.log_softmax(logits[mask].float(), dim=-1)  # (tokens, vocabulary)
-        chosen = scored.gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
-        with torch.no_grad():
-            entropy = -(scored.exp() * scored).sum(-1)
-            is_top1 = scored.argmax(-1) == labels[mask]
-
-        def in_place(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return FusedCausalLMOutput(
-            log_probs=in_place(chosen), entropy=in_place(entropy), is_top1=in_place(is_top1), label_mask=mask
-        )
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
+        log_probs, entropy, is_top1, mask = score_next_tokens(logits, inputs["labels"])
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
     # TRL adds its running token metrics to whatever is logged next and starts them anew: a round's line must not take
     # them from the training log.

@@ -30,6 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
 from hf_fedsa import FederatedTrainer
+from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
 PACKAGE = Path(hf_fedsa.__file__).parent
@@ -818,16 +819,13 @@ def test_the_fused_head_scores_tokens_as_the_plain_logits_do(tokenizer, tmp_path
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     with torch.no_grad():
         fused = model(**inputs, use_cache=False, fused_lm_head=True)
-        logits = model(input_ids=ids).logits[:, :-1].float()
-    mask = labels[:, 1:] != -100
-    scored = logits.log_softmax(-1)
-    chosen = scored.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    entropy = -(scored.exp() * scored).sum(-1)
+        logits = model(input_ids=ids).logits
+    log_probs, entropy, is_top1, mask = score_next_tokens(logits, labels)
     assert fused.log_probs.shape == (3, 6)
-    torch.testing.assert_close(fused.log_probs, chosen * mask)
-    torch.testing.assert_close(fused.entropy, entropy * mask)
+    torch.testing.assert_close(fused.log_probs, log_probs)
+    torch.testing.assert_close(fused.entropy, entropy)
     assert torch.equal(fused.label_mask.bool(), mask)
-    assert torch.equal(fused.is_top1.bool(), (scored.argmax(-1) == labels[:, 1:]) & mask), (
+    assert torch.equal(fused.is_top1.bool(), is_top1), (
         "hf_fedsa scores with the fused head on an accelerator and with plain logits on the CPU."
     )
 

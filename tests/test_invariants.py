@@ -112,6 +112,7 @@ def test_one_named_client_in_the_rounds_loop_gives_the_weights_of_sft_trainer(tm
     plain.train()
     federated.train()
     assert federated.state.global_step == plain.state.global_step
+    assert federated.state.total_flos == plain.state.total_flos
     assert max_difference(get_peft_model_state_dict(plain.model), get_peft_model_state_dict(federated.model)) < 1e-5
 
 

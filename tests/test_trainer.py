@@ -1157,6 +1157,11 @@ class TestLogging:
             losses = trainer.round_history[0]["losses"]
             assert list(losses.values()) == pytest.approx(by_client.mean(1), abs=1e-4)
 
+    def test_operations_are_counted_for_one_adapter_per_token(self, make_trained):
+        clients = {f"client_{i}": make_rows(4, seed=i, min_words=6, max_words=6) for i in range(3)}
+        counts = [make_trained(clients, parallel_clients=n, num_rounds=1).state.total_flos for n in (1, 3)]
+        assert counts[0] == counts[1] > 0
+
     def test_the_loss_of_a_step_is_the_mean_over_those_that_still_train(self, make_trained, unequal):
         settings = {"num_rounds": 1, "local_steps": None, "local_epochs": 1}
         one = logged(make_trained(unequal, parallel_clients=1, **settings), "loss")
