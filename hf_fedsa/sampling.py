@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 # Chooses a round's clients: called with the round's index, the number of rows of every client, and how many to choose
 # (`None` for all), it returns their ids. It must return the same whenever it is asked the same.
 ClientSampler = Callable[[int, Mapping[str, int], int | None], Sequence[str]]
@@ -98,6 +100,10 @@ class LocalWork:
             return self.local_steps
         return self.local_epochs * self.steps_per_pass(num_rows)
 
+    def rows_per_pass(self, num_rows: int) -> int:
+        """Rows in one pass if every step were full: where the next pass begins, in places of the round."""
+        return self.steps_per_pass(num_rows) * self.accumulation_steps * self.batch_size
+
     def num_passes(self, num_rows: int) -> int:
         """Passes over the rows that a round starts."""
         return math.ceil(self.num_steps(num_rows) / self.steps_per_pass(num_rows))
@@ -124,6 +130,35 @@ class LocalWork:
         """Different rows among those of the first `num_steps` local steps of a round."""
         steps = self.steps(num_rows, order)[:num_steps]
         return len({row for step in steps for batch in step for row in batch})
+
+
+def match_lengths(shuffled: Sequence[int], lengths: np.ndarray, seed: int, start: int) -> list[int]:
+    """
+    Reorders one pass of a client's rows so that clients side by side have rows of like length at the same time.
+
+    Every place of a round has a random number in [0, 1) that all clients have in common. A client's row there is the
+    one whose rank among its rows, by length, is the rank of that number among those of the pass. Ranks of independent
+    numbers are a uniformly random permutation, so a client by itself sees its rows in a uniformly random order, as it
+    would without; what is gained is the padding to a longer row of another client.
+
+    Args:
+        shuffled (`Sequence[int]`):
+            The client's row numbers, 0 to n - 1, in an order of its own: that of rows of equal length.
+        lengths (`np.ndarray` of shape `(n,)`):
+            Length of each row.
+        seed (`int`):
+            Seed that the round's clients have in common.
+        start (`int`):
+            Place in the round of the pass's first row.
+
+    Returns:
+        `list[int]`: the row numbers in their new order.
+    """
+    numbers = np.random.Generator(np.random.PCG64(seed).advance(start)).random(len(shuffled))
+    rows = np.asarray(shuffled)
+    order = np.empty_like(rows)
+    order[np.argsort(numbers)] = rows[np.argsort(lengths[rows], kind="stable")]
+    return order.tolist()
 
 
 @dataclass(frozen=True)

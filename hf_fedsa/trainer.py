@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import numpy as np
+import pyarrow.compute
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
@@ -49,7 +51,7 @@ from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
-from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, plan_round, sample_clients
+from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
 from .slots import SlotRows, Slots, mutates_base, take_rows
 from .state import (
@@ -443,8 +445,8 @@ class FederatedMixin:
         num_rows = {client_id: len(rows) for client_id, rows in self._rows_of.items()}
         work = self._local_work()
         lengths = None
-        if self.spans_processes:
-            lengths = {c: fmean(self._row_lengths[row] for row in rows) for c, rows in self._rows_of.items()}
+        if self._row_lengths is not None:
+            lengths = {c: float(self._row_lengths[rows].mean()) for c, rows in self._rows_of.items()}
         return [
             plan_round(
                 round_index=round_index,
@@ -495,33 +497,42 @@ class FederatedMixin:
 
     def _row_order(self, client_id: str, round_index: int, work: LocalWork) -> Callable[[int], list[int]]:
         """Order of a client's rows in each pass of a round, from (seed, round, client) alone."""
-        num_rows = len(self._rows_of[client_id])
+        rows = self._rows_of[client_id]
+        lengths = self._row_lengths[rows] if self._row_lengths is not None else None
         strategy = self.args.train_sampling_strategy
         base_seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
         def order(pass_index: int) -> list[int]:
             if strategy == "sequential":
-                return list(range(num_rows))
+                return list(range(len(rows)))
             if len(self.client_ids) == 1:
                 # Accelerate shuffles epoch e with the generator seeded `seed + e`; a lone client sees the same rows.
-                seed = base_seed + round_index * work.num_passes(num_rows) + pass_index
+                seed = base_seed + round_index * work.num_passes(len(rows)) + pass_index
             else:
                 seed = derive_seed(base_seed, "rows", round_index, client_id, pass_index)
             generator = torch.Generator().manual_seed(seed)
             if strategy == "group_by_length":
-                lengths = self._row_lengths
                 batch = work.batch_size * work.accumulation_steps
-                rows = self._rows_of[client_id]
-                return list(LengthGroupedSampler(batch, lengths=[lengths[row] for row in rows], generator=generator))
-            return torch.randperm(num_rows, generator=generator).tolist()
+                return list(LengthGroupedSampler(batch, lengths=lengths.tolist(), generator=generator))
+            shuffled = torch.randperm(len(rows), generator=generator).tolist()
+            if len(self.client_ids) == 1 or lengths is None:
+                return shuffled
+            start = pass_index * work.rows_per_pass(len(rows))
+            return match_lengths(shuffled, lengths, seed=derive_seed(base_seed, "lengths", round_index), start=start)
 
         return order
 
     @functools.cached_property
-    def _row_lengths(self) -> list[int]:
-        if self.args.length_column_name in self.train_dataset.column_names:
-            return self.train_dataset[:][self.args.length_column_name]
-        return [len(ids) for ids in self.train_dataset[:]["input_ids"]]
+    def _row_lengths(self) -> np.ndarray | None:
+        """Length of every training row, in tokens, or `None` where rows have no token ids yet."""
+        rows = self.train_dataset.with_format("arrow")
+        if self.args.length_column_name in rows.column_names:
+            return rows[:][self.args.length_column_name].to_numpy()
+        if "input_ids" not in rows.column_names:
+            return None
+        # A part of the rows at a time: those of a selection are copied.
+        lengths = [pyarrow.compute.list_value_length(part["input_ids"]).to_numpy() for part in rows.iter(10_000)]
+        return np.concatenate(lengths)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader):
         values = super().set_initial_training_values(args, dataloader)

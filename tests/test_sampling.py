@@ -3,9 +3,10 @@
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from hf_fedsa.sampling import LocalWork, derive_seed, plan_round, sample_clients
+from hf_fedsa.sampling import LocalWork, derive_seed, match_lengths, plan_round, sample_clients
 
 CLIENTS = [f"client_{i}" for i in range(20)]
 
@@ -330,3 +331,53 @@ class TestPlanRound:
         plan = self.plan({"a": 1, "b": 2}, sampler=sampler, clients_per_round=1)
         assert asked == [(0, {"a": 1, "b": 2}, 1)]
         assert plan.client_ids == ("b",)
+
+
+class TestMatchLengths:
+    LENGTHS = np.random.default_rng(0).lognormal(5, 0.4, 400).astype(int)
+
+    def order(self, lengths, seed=0, start=0, shuffle_seed=0):
+        shuffled = np.random.default_rng(shuffle_seed).permutation(len(lengths)).tolist()
+        return match_lengths(shuffled, np.asarray(lengths), seed=seed, start=start)
+
+    def test_every_row_once(self):
+        assert sorted(self.order(self.LENGTHS)) == list(range(400))
+
+    def test_by_hand(self):
+        lengths = np.array([30, 10, 50, 20, 40])
+        order = match_lengths([4, 3, 2, 1, 0], lengths, seed=7, start=2)
+        numbers = np.random.Generator(np.random.PCG64(7)).random(7)[2:]
+        ranks = [sum(other < number for other in numbers) for number in numbers]
+        assert lengths[order].tolist() == [10 + 10 * rank for rank in ranks]
+
+    def test_rows_of_one_length_keep_the_order_they_came_in(self):
+        shuffled = [3, 0, 2, 1]
+        numbers = np.random.Generator(np.random.PCG64(0)).random(4)
+        places = np.argsort(numbers)
+        order = match_lengths(shuffled, np.array([9, 9, 9, 9]), seed=0, start=0)
+        assert [order[place] for place in places] == shuffled
+
+    def test_clients_have_rows_of_like_length_at_the_same_place(self):
+        clients = [self.LENGTHS[i::4] for i in range(4)]
+        matched = np.stack([rows[self.order(rows, shuffle_seed=i)] for i, rows in enumerate(clients)])
+        apart = np.stack([np.random.default_rng(i).permutation(rows) for i, rows in enumerate(clients)])
+        alone = matched.sum()
+        assert 4 * apart.max(0).sum() / alone > 1.3
+        assert 4 * matched.max(0).sum() / alone < 1.1
+
+    def test_later_passes_of_one_client_match_first_passes_of_another(self):
+        """A client of 100 rows begins its second pass where one of 200 is half way through its first."""
+        short, long = self.LENGTHS[:100], self.LENGTHS[100:300]
+        passes = [short[self.order(short, start=start)] for start in (0, 100)]
+        correlation = np.corrcoef(np.concatenate(passes), long[self.order(long)])[0, 1]
+        assert correlation > 0.9
+
+    def test_a_client_alone_sees_its_rows_in_uniformly_random_order(self):
+        """Chi-squared over the 24 orders of 4 rows: beyond 49.7 with a probability of 0.001."""
+        orders = Counter(tuple(self.order([5, 1, 9, 5], seed, shuffle_seed=-seed % 2**32)) for seed in range(4800))
+        assert len(orders) == 24
+        assert sum((count - 200) ** 2 / 200 for count in orders.values()) < 49.7
+
+    def test_the_seed_decides(self):
+        assert self.order(self.LENGTHS) == self.order(self.LENGTHS)
+        assert self.order(self.LENGTHS) != self.order(self.LENGTHS, seed=1)

@@ -498,6 +498,18 @@ class TestRowsAndSteps:
         assert first == {3: max(lengths[::2]), 4: max(lengths[1::2])}
         assert padding["group_by_length"] < 0.75 * padding["random"]
 
+    def test_clients_side_by_side_have_rows_of_like_length(self, make_trained):
+        """Also in later passes, which clients begin at different steps, and after a last batch that is not full."""
+        data = {
+            f"client_{i}": Dataset.from_dict({"input_ids": [[3] * int(n) for n in np.linspace(2, 32, num_rows)]})
+            for i, num_rows in enumerate((31, 47, 61))
+        }
+        tokens = {}
+        for parallel in (1, 3):
+            trainer = make_trained(data, RecordingTrainer, num_rounds=1, local_steps=60, parallel_clients=parallel)
+            tokens[parallel] = sum(input_ids.numel() for _, input_ids, _ in trainer.seen)
+        assert tokens[3] < 1.08 * tokens[1], tokens[3] / tokens[1]
+
     def test_another_data_seed_shuffles_otherwise(self, make_trained, tagged):
         first, second, same = (
             make_trained(
