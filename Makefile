@@ -8,6 +8,7 @@ TORCH ?= $(shell nvidia-smi >/dev/null 2>&1 && echo "torch>=2.13" || echo "torch
 # Further arguments of the demo, e.g. DEMO_ARGS="--num_rounds 2".
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCHMARK_ARGS ?= --output runs/benchmark.json --plot runs/benchmark.png
 
 # The lowest versions that setup.py allows, each as name==version.
 LOWEST := $(shell sed -n 's/^ *"\([a-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.py | sort -u)
@@ -52,7 +53,7 @@ demo: install
 	$(BIN)/accelerate launch recipes/gsm8k.py --config recipes/configs/demo.yaml $(DEMO_ARGS)
 
 benchmark: install
-	$(BIN)/python recipes/benchmark.py
+	$(BIN)/python recipes/benchmark.py $(BENCHMARK_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest runs *.egg-info

@@ -26,9 +26,11 @@ setup(
     extras_require={
         "quantization": ["bitsandbytes>=0.50"],
         "demo": ["bitsandbytes>=0.50", "gguf>=0.19"],
+        "benchmark": ["bitsandbytes>=0.50", "gguf>=0.19", "matplotlib>=3.11"],
         "dev": [
             "bitsandbytes>=0.50",
             "gguf>=0.19",
+            "matplotlib>=3.11",
             "pytest>=9",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

@@ -27,7 +27,8 @@ class FederatedConfig(SFTConfig):
             Communication rounds, T in the paper. If `None`, it is derived: one round per epoch of `num_train_epochs`.
         local_steps (`int`, *optional*):
             Optimizer steps each client takes per round, cycling through its rows, shuffled anew on each pass.
-            Exclusive with `local_epochs`. `None` means `local_epochs` counts.
+            Exclusive with `local_epochs`. `None` means `local_epochs` counts. The clients' random orders depend on
+            each other: at the same step they have rows of like rank by length, which saves padding side by side.
         local_epochs (`int`, *optional*):
             Passes each client makes over its rows per round. If both this and `local_steps` are `None`, it is 1.
         clients_per_round (`int`, *optional*):

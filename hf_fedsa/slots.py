@@ -236,8 +236,8 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
     x = layer.lora_dropout[first](x.to(dtype))
     scaling = layer.scaling[first]
     if len(set(counts)) == 1:
-        a = torch.stack([layer.lora_A[name].weight for name in names]).to(dtype)  # (clients, r, in_features)
-        b = torch.stack([layer.lora_B[name].weight for name in names]).to(dtype)  # (clients, out_features, r)
+        a = _stack([layer.lora_A[name].weight for name in names]).to(dtype)  # (clients, r, in_features)
+        b = _stack([layer.lora_B[name].weight for name in names]).to(dtype)  # (clients, out_features, r)
         reduced = torch.bmm(x.reshape(len(names), -1, x.shape[-1]), a.mT)  # (clients, rows * tokens, r)
         biased, autocast = layer.lora_B[first].bias is not None, torch.is_autocast_enabled(x.device.type)
         if result.dtype == dtype and not biased and not autocast:
@@ -252,6 +252,10 @@ def _lora_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:
         parts = zip(names, x.split(list(counts)), strict=True)
         delta = torch.cat([_low_rank_product(layer, name, rows, dtype) for name, rows in parts])
     return torch.add(result, delta.to(result.dtype), alpha=scaling)
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)  # One client alone is not copied.
 
 
 def _low_rank_product(layer, name, rows, dtype) -> torch.Tensor:

@@ -2,7 +2,7 @@
 Time and memory of a federation's steps, against the same rows without one.
 
 ```bash
-make benchmark                                                   # everything, on SmolLM2-135M; an hour on two cores
+make benchmark    # everything, on SmolLM2-135M, to runs/benchmark.json and .png; an hour on two cores
 python recipes/benchmark.py --tokens 64 --batch_sizes 1 --side_by_side --output benchmark.json    # one setting
 python recipes/benchmark.py --rows train.jsonl                   # and the padding of real rows
 ```
@@ -81,6 +81,8 @@ class Timing:
 
 
 def main(args: argparse.Namespace) -> dict:
+    if args.steps < 2:
+        raise ValueError(f"`--steps {args.steps}` leaves none to time, as the first one warms up. Pass 2 or more.")
     model = args.model or str(smollm2_folder())
     report = {"machine": describe_machine(), "steps": [], "scaling": [], "padding": []}
     for precision in args.precisions:
@@ -99,6 +101,7 @@ def main(args: argparse.Namespace) -> dict:
             report["padding"].append(measure_padding(model, args.rows, args.clients, batch_size))
             print(format_padding(report["padding"][-1]), flush=True)
     if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
     if args.plot:
         plot(report, args.plot)
@@ -235,9 +238,10 @@ class Stopwatch:
 
     @classmethod
     def on(cls, trainer) -> "Stopwatch":
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
 
         watch = cls()
+        trainer.remove_callback(PrinterCallback)
 
         class First(TrainerCallback):
             def on_train_begin(self, *args, **kwargs):
@@ -488,6 +492,7 @@ def plot(report: dict, file: str) -> None:
     for axes in (times, throughput, memory):
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
 
 
