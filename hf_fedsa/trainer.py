@@ -655,7 +655,7 @@ class FederatedMixin:
             self.gather_function = gather
 
     def _serving(self, slot_rows: SlotRows, inputs: Mapping[str, Any]):
-        main_input = inputs.get(self.model.main_input_name)
+        main_input = inputs.get(self._main_input_name)
         length = main_input.shape[1] if isinstance(main_input, torch.Tensor) and main_input.dim() > 1 else None
         return self._slots.rows(slot_rows, sequence_length=length)
 
@@ -686,13 +686,18 @@ class FederatedMixin:
 
     # The Trainer walks over the model for this at every step, and counts the adapters of all slots for every token.
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        main_input = inputs.get(self.model.main_input_name)
+        main_input = inputs.get(self._main_input_name)
         return 0 if main_input is None else main_input.numel() * self._operations_per_token
 
     @functools.cached_property
     def _operations_per_token(self) -> int:
-        of_all = super().floating_point_ops({self.model.main_input_name: torch.empty(1)})
-        return of_all - 6 * sum(p.numel() for slot in self._slots.parameters[1:] for p in slot.values())
+        of_all_slots = super().floating_point_ops({self._main_input_name: torch.empty(1)})
+        other_slots = 6 * sum(p.numel() for slot in self._slots.parameters[1:] for p in slot.values())
+        return max(0, of_all_slots - other_slots)  # It is 0 for models that cannot tell.
+
+    @property
+    def _main_input_name(self) -> str:
+        return getattr(self.model, "main_input_name", "input_ids")
 
     def _add_loss(self, slot: int, loss: torch.Tensor) -> None:
         client_id = self._client_in(slot)
