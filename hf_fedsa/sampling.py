@@ -132,7 +132,7 @@ class LocalWork:
         return len({row for step in steps for batch in step for row in batch})
 
 
-def match_lengths(shuffled: Sequence[int], lengths: np.ndarray, seed: int, start: int) -> list[int]:
+def match_lengths(shuffled: Sequence[int], lengths: np.ndarray, seed: int, start: int, places: int) -> list[int]:
     """
     Reorders one pass of a client's rows so that clients side by side have rows of like length at the same time.
 
@@ -150,15 +150,26 @@ def match_lengths(shuffled: Sequence[int], lengths: np.ndarray, seed: int, start
             Seed that the round's clients have in common.
         start (`int`):
             Place in the round of the pass's first row.
+        places (`int`):
+            Places in the round until the next pass. Rows beyond them, which `drop_last` drops, have numbers apart, so
+            that passes do not depend on each other.
 
     Returns:
         `list[int]`: the row numbers in their new order.
     """
-    numbers = np.random.Generator(np.random.PCG64(seed).advance(start)).random(len(shuffled))
+    in_place = min(places, len(shuffled))
+    numbers = np.concatenate(
+        [_uniform(seed, start, in_place), _uniform(seed, start + 2**64, len(shuffled) - in_place)]
+    )
     rows = np.asarray(shuffled)
     order = np.empty_like(rows)
     order[np.argsort(numbers)] = rows[np.argsort(lengths[rows], kind="stable")]
     return order.tolist()
+
+
+def _uniform(seed: int, start: int, count: int) -> np.ndarray:
+    """Numbers `start` to `start + count` of an endless sequence."""
+    return np.random.Generator(np.random.PCG64(seed).advance(start)).random(count)
 
 
 @dataclass(frozen=True)
@@ -248,7 +259,10 @@ def plan_round(
     Raises:
         `ValueError`: `sampler` returned no client, one twice, or one that does not exist.
     """
-    client_ids = sorted(sampler(round_index, num_rows, clients_per_round))
+    chosen = sampler(round_index, dict(num_rows), clients_per_round)
+    if chosen is None or isinstance(chosen, str):
+        raise TypeError(f"`client_sampler` returned {chosen!r} for round {round_index}, not a list of client ids.")
+    client_ids = sorted(chosen)
     unknown = [client_id for client_id in client_ids if client_id not in num_rows]
     if not client_ids or unknown or len(set(client_ids)) < len(client_ids):
         problem = f"{unknown[0]!r}, which is no client" if unknown else "a client twice" if client_ids else "no client"

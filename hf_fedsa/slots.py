@@ -164,7 +164,7 @@ class Slots:
         module.forward = forward
 
     def _counts_of(self, x: torch.Tensor, counts: Sequence[int] | None, module: nn.Module) -> Sequence[int]:
-        if counts is None:
+        if counts is None or len(counts) == 1:
             return (x.shape[0],)
         num_rows = sum(counts)
         if x.shape[0] == num_rows:

@@ -340,9 +340,14 @@ def check_same_federation(saved: Mapping[str, Any], current: Mapping[str, Any], 
     """
     for key, value in current.items():
         if saved.get(key) != value:
+            before, now = saved.get(key), value
+            if isinstance(before, Mapping) and isinstance(now, Mapping):
+                # The one entry that differs, of the many there may be.
+                entry = next(name for name in [*before, *now] if before.get(name) != now.get(name))
+                key, before, now = f"{key}.{entry}", before.get(entry), now.get(entry)
             raise CheckpointError(
-                f"{checkpoint} was written by another federation: its `{key}` is {_brief(saved.get(key))}, this run's "
-                f"is {_brief(value)}. Resume with the arguments of that run, or start anew in another `output_dir`."
+                f"{checkpoint} was written by another federation: its `{key}` is {_brief(before)}, this run's is "
+                f"{_brief(now)}. Resume with the arguments of that run, or start anew in another `output_dir`."
             )
 
 

@@ -149,11 +149,13 @@ class FederatedMixin:
 
         # One client that trains whole passes is what the Trainer does anyway, so its own loop and loader are kept.
         single = len(self.client_ids) == 1
+        num_slots = _num_slots(args, len(self.client_ids))
         self._keeps_trainer_loop = single and args.local_steps is None and args.local_epochs in (None, 1)
         if self._names_clients or not self._keeps_trainer_loop:
             _refuse_packing(args)
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
+            _check_loss_scale(args, num_slots)
             # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
             args.average_tokens_across_devices = False
         if args.push_to_hub:
@@ -174,6 +176,7 @@ class FederatedMixin:
         self._step_items: dict[int, torch.Tensor | None] = {}
         self._step_batches: dict[int, int] = {}
         self._step_rows: SlotRows | None = None
+        self._step_losses: list[torch.Tensor] = []
 
         super().__init__(
             model=model,
@@ -195,15 +198,17 @@ class FederatedMixin:
                 self.eval_dataset = _split_by_client(self.eval_dataset, column)
 
         # Slots
+        if isinstance(self.model, PeftModel) and not isinstance(self.model.get_base_model(), PreTrainedModel):
+            raise TypeError(
+                f"The base model is a `{type(self.model.get_base_model()).__name__}`, but it must be a "
+                "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
+            )
         if not isinstance(self.model, PeftModel):
             raise TypeError(
                 f"The model is a `{type(self.model).__name__}` without an adapter, but only adapters are trained and "
                 "shared. Wrap it with `peft.get_peft_model` first."
             )
         validate_peft_config(next(iter(self.model.peft_config.values())))
-        per_round = min(args.clients_per_round or len(self.client_ids), len(self.client_ids))
-        per_process = math.ceil(per_round / args.world_size)
-        num_slots = min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_process)
         self._slots = Slots(
             self.model,
             num_slots,
@@ -229,6 +234,7 @@ class FederatedMixin:
         self._losses: dict[str, torch.Tensor] = {}
         self._loss_counts: dict[str, int] = {}
         self._schedule_at_round_start: dict[str, Any] | None = None
+        self._loss_scale_before_wave: dict[str, Any] = {}
         self._resuming = False
         self._owns_store = self._store_dir is None
         self._rounds: list[Round] = []
@@ -517,8 +523,8 @@ class FederatedMixin:
             shuffled = torch.randperm(len(rows), generator=generator).tolist()
             if len(self.client_ids) == 1 or lengths is None:
                 return shuffled
-            start = pass_index * work.rows_per_pass(len(rows))
-            return match_lengths(shuffled, lengths, seed=derive_seed(base_seed, "lengths", round_index), start=start)
+            seed, places = derive_seed(base_seed, "lengths", round_index), work.rows_per_pass(len(rows))
+            return match_lengths(shuffled, lengths, seed=seed, start=pass_index * places, places=places)
 
         return order
 
@@ -527,7 +533,9 @@ class FederatedMixin:
         """Length of every training row, in tokens, or `None` where rows have no token ids yet."""
         rows = self.train_dataset.with_format("arrow")
         if self.args.length_column_name in rows.column_names:
-            return rows[:][self.args.length_column_name].to_numpy()
+            lengths = rows[:][self.args.length_column_name]
+            if pyarrow.types.is_integer(lengths.type) and not lengths.null_count:
+                return lengths.to_numpy()
         if "input_ids" not in rows.column_names:
             return None
         # A part of the rows at a time: those of a selection are copied.
@@ -542,8 +550,15 @@ class FederatedMixin:
         max_steps = sum(round_.num_steps for round_ in self._rounds)
         work = self._local_work()
         local_steps = sum(work.num_steps(len(self._rows_of[c])) for round_ in self._rounds for c in round_.client_ids)
-        num_samples = local_steps * total_batch_size
+        num_samples = local_steps * work.batch_size * work.accumulation_steps
         return epochs, steps_per_epoch, num_examples, num_samples, total_batch_size, steps_in_epoch, max_steps
+
+    # The Trainer's `train_loss` is the mean over its steps, in which clients need not be equally many, and the first
+    # process's alone. It has no hook between computing and logging that number.
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self._progress.history and not self._keeps_trainer_loop:
+            logs["train_loss"] = fmean(loss for entry in self._progress.history for loss in entry["losses"].values())
+        super().log(logs, start_time)
 
     # Under `local_epochs`, rounds differ in length, but the Trainer finds the epoch of a step by division.
     def _init_training_state(
@@ -598,6 +613,7 @@ class FederatedMixin:
     def _training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
+        self._step_losses = []
         if self._keeps_trainer_loop:
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._add_loss(0, loss)
@@ -609,11 +625,10 @@ class FederatedMixin:
             with self._serving(slot_rows, inputs):
                 self._step_rows = slot_rows
                 try:
-                    loss = super().training_step(model, inputs, num_items_in_batch)
+                    super().training_step(model, inputs, num_items_in_batch)
                 finally:
                     self._step_rows = None
         else:
-            loss = torch.zeros((), device=self.args.device)
             accumulation_steps = self.current_gradient_accumulation_steps
             for slot, part in _split_rows(inputs, slot_rows):
                 # Losses that are not normalised by a count of items are averaged over the client's own micro-batches.
@@ -621,11 +636,22 @@ class FederatedMixin:
                 with self._serving(((slot, _num_rows(part)),), part):
                     client_loss = super().training_step(model, part, self._step_items[slot])
                 self._add_loss(slot, client_loss)
-                loss = loss + client_loss
             self.current_gradient_accumulation_steps = accumulation_steps
-        # What was backpropagated is the sum over clients; what is logged is the mean. The Trainer takes the mean over
-        # processes, some of which may have fewer clients in this step.
-        return loss * self.args.world_size / self._clients_in_step()
+        return self._loss_to_log()
+
+    def _loss_to_log(self) -> torch.Tensor:
+        """
+        The step's share of the mean loss over clients. What was backpropagated is their sum.
+
+        The Trainer takes the mean over processes, some of which may have fewer clients in this step. A client whose
+        loss is not finite is about to be left out, and must not hide those of the others.
+        """
+        losses = torch.stack(self._step_losses)
+        finite = torch.isfinite(losses)
+        mine = len(self._step_batches)
+        counted = (mine - (~finite).sum()).clamp(min=1)
+        mean = torch.where(finite, losses, 0).sum() / counted
+        return mean * mine * self.args.world_size / self._clients_in_step()
 
     def _clients_in_step(self) -> int:
         """Clients that train in the present step, over all processes."""
@@ -701,7 +727,9 @@ class FederatedMixin:
 
     def _add_loss(self, slot: int, loss: torch.Tensor) -> None:
         client_id = self._client_in(slot)
-        self._losses[client_id] = self._losses.get(client_id, 0.0) + loss.detach().float()
+        loss = loss.detach().float()
+        self._losses[client_id] = self._losses.get(client_id, 0.0) + loss
+        self._step_losses.append(loss)
 
     def _client_in(self, slot: int) -> str:
         return next(client_id for client_id, other in self._slot_of.items() if other == slot)
@@ -718,7 +746,7 @@ class FederatedMixin:
         return self._clip_slots(math.inf)
 
     def _clip_slots(self, max_norm: float) -> torch.Tensor:
-        """Clips each client's gradients and returns the mean of their norms."""
+        """Clips each client's gradients and returns the mean of their norms, as far as they are finite."""
         self.accelerator.unscale_gradients()
         norms = []
         for slot in range(len(self._slots)):
@@ -726,7 +754,10 @@ class FederatedMixin:
             if trained:
                 norms.append(nn.utils.clip_grad_norm_(trained, max_norm))
         # No client has a gradient if none of the step's rows could be read.
-        return torch.stack(norms).mean() if norms else torch.zeros((), device=self.args.device)
+        if not norms:
+            return torch.zeros((), device=self.args.device)
+        finite = torch.isfinite(torch.stack(norms))
+        return torch.where(finite, torch.stack(norms), 0).sum() / finite.sum().clamp(min=1)
 
     # Optimizer and schedule
 
@@ -814,6 +845,14 @@ class FederatedMixin:
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
         self._resuming = False
+        if self.spans_processes:
+            plans = gather_object([[round_.client_ids for round_ in self._rounds]])
+            differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
+            if differing:
+                raise ValueError(
+                    f"`client_sampler` chose other clients for round {differing[0]} in one process than in another. "
+                    "It must depend on its arguments alone, so draw from a generator that is seeded by them."
+                )
 
     @contextlib.contextmanager
     def _first_process_first(self) -> Iterator[None]:
@@ -925,6 +964,8 @@ class FederatedMixin:
             self._set_optimizer_state({})
         elif not self._keeps_trainer_loop:
             self._load_optimizer_states(wave)
+        if self.accelerator.scaler is not None:
+            self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
         progress.wave_open, progress.wave_steps = True, 0
 
     def _close_wave(self) -> None:
@@ -953,6 +994,9 @@ class FederatedMixin:
             progress.last_round[client_id] = progress.rounds_done
             if not self._resets_optimizer and not self._keeps_trainer_loop:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
+        if self._loss_scale_before_wave and any(c in progress.left_out for c in wave.client_ids):
+            # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
+            self.accelerator.scaler.load_state_dict(self._loss_scale_before_wave)
         self._slot_of = {}
         progress.wave_open, progress.waves_done = False, progress.waves_done + 1
 
@@ -1386,7 +1430,10 @@ class FederatedMixin:
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(checkpoint))
         torch.save(self.args, checkpoint / "training_args.bin")
-        write_json(folder / "state.json", {"identity": self._identity(), "progress": progress.to_dict()})
+        state = {"identity": self._identity(), "progress": progress.to_dict()}
+        if progress.round_open:
+            state["round_clients"] = self._current_round().client_ids
+        write_json(folder / "state.json", state)
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
@@ -1573,7 +1620,13 @@ class FederatedMixin:
                     "`train()` without it to start from the beginning."
                 )
             resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            raise CheckpointError(
+                f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is no folder. Pass a `checkpoint-...` "
+                "folder of `output_dir`, or `True` for the newest one there."
+            )
+        output = super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        return output._replace(training_loss=output.metrics["train_loss"])
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -1596,11 +1649,16 @@ class FederatedMixin:
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
+        if not self._keeps_trainer_loop:
+            self._rounds = self._plan_rounds()
+        if self._progress.round_open and list(self._current_round().client_ids) != state["round_clients"]:
+            raise CheckpointError(
+                f"{checkpoint} was written in a round of {', '.join(state['round_clients'])}, and this run would go "
+                f"on with {', '.join(self._current_round().client_ids)}. Pass the `client_sampler` of that run, which "
+                "must choose the same clients whenever it is asked for the same round."
+            )
         if self._progress.wave_open:
-            if self._keeps_trainer_loop:
-                wave = self._current_wave()
-            else:
-                wave = self._plan_rounds()[self._progress.rounds_done].waves[self._progress.waves_done]
+            wave = self._current_wave()
             slots = load_file(folder / "slots.safetensors")
             for slot, client_id in enumerate(wave.client_ids):
                 prefix = f"{slot}|"
@@ -1901,7 +1959,21 @@ class _SlotCollator:
         for slot, _ in items:
             counts[slot] = counts.get(slot, 0) + 1
         batch = self.collate([row for _, row in items])
+        if len(counts) > 1:
+            self._check_rows(batch, len(items))
         return {**batch, "slot_rows": tuple(counts.items()), "unreadable": unreadable}
+
+    @staticmethod
+    def _check_rows(batch: Mapping[str, Any], num_rows: int) -> None:
+        """Rows that a collator joins or multiplies would be taken for every client's."""
+        lengths = {k: len(v) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
+        named = {k: n for k, n in lengths.items() if k in ("input_ids", "labels")} or lengths
+        if any(length != num_rows for length in named.values()):
+            raise ValueError(
+                f"The data collator made a batch of {num_rows} rows into tensors of "
+                f"{', '.join(f'{n} (`{k}`)' for k, n in named.items())}, so it is not known which are of which "
+                "client. Use one that returns one entry per row, or set `parallel_clients=1`."
+            )
 
 
 class _RoundSampler(Sampler):
@@ -2060,6 +2132,19 @@ def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:
         raise ValueError(
             f"`min_clients_per_round={args.min_clients_per_round}` is more than the {per_round} clients of a round, "
             "so no round could count. Lower it."
+        )
+
+
+def _num_slots(args: FederatedConfig, num_clients: int) -> int:
+    per_process = math.ceil((args.clients_per_round or num_clients) / args.world_size)
+    return min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_process)
+
+
+def _check_loss_scale(args: FederatedConfig, num_slots: int) -> None:
+    if args.fp16 and num_slots > 1:
+        raise ValueError(
+            f"`fp16=True` scales the losses of {num_slots} clients side by side by one number, so where one client's "
+            "gradients overflow, none of them takes its step. Set `bf16=True` or `parallel_clients=1`."
         )
 
 

@@ -5,6 +5,7 @@ A federation in as many processes as a launcher starts. Run by `test_processes.p
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,7 +26,10 @@ def make_clients():
     }
 
 
-def make_trainer(folder: Path, **kwargs) -> FederatedTrainer:
+def make_trainer(folder: Path, sampler_of_its_own: bool = False, **kwargs) -> FederatedTrainer:
+    def sampler(round_index, num_rows, clients_per_round):
+        return sorted(num_rows)[int(os.environ["RANK"]) :][:clients_per_round]
+
     return FederatedTrainer(
         model=make_model(),
         args=make_args(folder, **kwargs),
@@ -33,6 +37,7 @@ def make_trainer(folder: Path, **kwargs) -> FederatedTrainer:
         eval_dataset={name: make_rows(3, seed=50 + i) for i, name in enumerate(CLIENTS)},
         processing_class=make_tokenizer(),
         peft_config=make_lora(),
+        client_sampler=sampler if sampler_of_its_own else None,
     )
 
 
@@ -45,7 +50,12 @@ def report(trainer: FederatedTrainer, folder: Path) -> None:
     rank = trainer.args.process_index
     save_file(tensors, folder / f"end-{rank}.safetensors")
     logs = [line for line in trainer.state.log_history if "loss" in line]
-    summary = {"metrics": metrics, "history": trainer.round_history, "logs": logs}
+    last = next(line for line in trainer.state.log_history if "train_loss" in line)
+    run = {
+        "train_loss": last["train_loss"],
+        "train_samples": last["train_samples_per_second"] * last["train_runtime"],
+    }
+    summary = {"metrics": metrics, "history": trainer.round_history, "logs": logs, "run": run}
     (folder / f"end-{rank}.json").write_text(json.dumps(summary))
 
 

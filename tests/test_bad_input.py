@@ -57,6 +57,14 @@ def with_column(values, column="client_id") -> Dataset:
     return make_rows(len(values), seed=0).add_column(column, values)
 
 
+def test_one_loss_scale_for_several_clients(refuses, tmp_path):
+    args = make_args(tmp_path / "out")
+    args.fp16 = True  # `TrainingArguments` refuses it by itself where there is no GPU.
+    refuses(ValueError, "`fp16=True`", "2 clients side by side", "bf16=True", "parallel_clients=1", args=args)
+    args.parallel_clients = 1
+    refuses(OSError, "no_such_model", args=args)
+
+
 class TestAccepted:
     """The opposite of a refusal: the checks pass and the model is asked for."""
 
@@ -437,12 +445,15 @@ class TestCheckpoints:
                 "`client_ids`.*'other'",
             ),
             (lambda data: {"data": {**data, "client_2": data["client_0"]}}, "`client_ids`.*'client_2'"),
-            (lambda data: {"data": {**data, "client_1": make_rows(7, seed=9)}}, "`num_rows`.*'client_1': 7"),
+            (
+                lambda data: {"data": {**data, "client_1": make_rows(7, seed=9)}},
+                "`num_rows.client_1` is 4, this run's is 7",
+            ),
             (lambda data: {"peft_config": make_lora(r=2)}, "`r` is 4, this run's is 2"),
             (lambda data: {"peft_config": make_lora(use_dora=True)}, "`method` is 'lora', this run's is 'dora'"),
             (lambda data: {"peft_config": make_lora(use_rslora=True)}, "`method` is 'lora', this run's is 'rslora'"),
             (lambda data: {"peft_config": make_lora(lora_alpha=4)}, "`lora_alpha` is 8, this run's is 4"),
-            (lambda data: {"peft_config": make_lora(target_modules=["q_proj"])}, "`tensors`"),
+            (lambda data: {"peft_config": make_lora(target_modules=["q_proj"])}, "`tensors.base_model.*"),
             (lambda data: {"seed": 7}, "`seed` is 42, this run's is 7"),
             (lambda data: {"clients_per_round": 1}, "`clients_per_round` is None, this run's is 1"),
         ],
@@ -502,7 +513,7 @@ class TestCheckpoints:
     @pytest.mark.parametrize("automatic", [False, True], ids=["by name", "newest"])
     def test_that_is_not_there(self, tmp_path, tokenizer, rows, automatic):
         trainer = self.build(tmp_path / "out", tokenizer, rows)
-        message = "holds no whole checkpoint.*without it" if automatic else "checkpoint-9 is not a finished checkpoint"
+        message = "holds no whole checkpoint.*without it" if automatic else "checkpoint-9'` is no folder.*newest"
         with pytest.raises(CheckpointError, match=message):
             trainer.train(resume_from_checkpoint=automatic or str(tmp_path / "out" / "checkpoint-9"))
 

@@ -351,3 +351,31 @@ def test_clients_in_training_are_told_apart_within_use_client(tmp_path, tokenize
     trainer = make_trainer(tmp_path, tokenizer, "side_by_side", [Look()])
     trainer.train()
     assert looked
+
+
+def test_a_run_with_another_client_sampler_is_refused(tmp_path, tokenizer):
+    """It would go on with one client's B under another's name."""
+
+    def make(client_sampler=None, callbacks=()):
+        return FederatedTrainer(
+            model=make_model(),
+            args=make_args(tmp_path, num_rounds=2, clients_per_round=2, save_strategy="steps", save_steps=1),
+            train_dataset={f"client_{i}": make_rows(8, seed=i) for i in range(4)},
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+            client_sampler=client_sampler,
+            callbacks=list(callbacks),
+        )
+
+    def sampler(round_index, num_rows, clients_per_round):
+        return ["client_1", "client_3"] if round_index == 0 else ["client_0", "client_2"]
+
+    with pytest.raises(Interrupted):
+        make(sampler, [InterruptAfterSave(5)]).train()
+    for other in (None, lambda *_: ["client_1", "client_2"], lambda *_: ["client_0"]):
+        with pytest.raises(CheckpointError, match="written in a round of client_0, client_2.*`client_sampler`"):
+            make(other).train(resume_from_checkpoint=True)
+    resumed, whole = make(sampler), make(sampler)
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert max_difference(weights_of(resumed), weights_of(whole)) == 0

@@ -162,6 +162,40 @@ class TestLeftOut:
         assert len(again.round_history) == 3
 
 
+class TestLogs:
+    @pytest.mark.parametrize("parallel_clients", [1, 3])
+    def test_the_losses_of_the_others_are_logged(self, base_dir, tmp_path, parallel_clients):
+        corrupt = Corrupt("client_1", math.nan, step=0 if parallel_clients == 3 else 3)
+        trainer = make_trainer(base_dir, tmp_path, callback=corrupt, num_rounds=1, parallel_clients=parallel_clients)
+        output = trainer.train()
+        losses = list(trainer.round_history[0]["losses"].values())
+        assert len(losses) == 2
+        assert output.training_loss == pytest.approx(sum(losses) / 2)
+        if parallel_clients == 3:
+            logged = [line for line in trainer.state.log_history if "loss" in line]
+            assert sum(line["loss"] for line in logged) / 3 == pytest.approx(sum(losses) / 2, abs=1e-3)
+            assert all(0 < line["grad_norm"] < math.inf for line in logged)
+
+    def test_a_bad_clients_overflows_do_not_shrink_the_next_ones_loss_scale(self, base_dir, tmp_path):
+        trainer = make_trainer(
+            base_dir, tmp_path, callback=Corrupt("client_1", math.nan, step=3), num_rounds=1, parallel_clients=1
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+        trainer.accelerator.scaler = scaler
+        scales = []
+
+        class Record(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                scales.append(scaler.get_scale())
+
+        trainer.add_callback(Record())
+        trainer.create_optimizer()
+        trainer.train()
+        assert list(trainer.round_history[0]["left_out"]) == ["client_1"]
+        assert scales[2] == 16 and scales[4] < 16, "nothing overflowed, so nothing is tested"
+        assert scales[5:] == [16.0] * 4
+
+
 class Unreadable:
     """Rows that raise when they are read, as those on a disk that has gone do."""
 

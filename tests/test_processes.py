@@ -66,6 +66,8 @@ def test_the_weights_of_one_process(tmp_path, processes, arguments):
             for name in ("round", "clients", "weights", "bytes_up", "bytes_down", "staleness", "counted"):
                 assert ours[name] == theirs[name]
             assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+        for name in ("train_loss", "train_samples"):
+            assert also_told["run"][name] == pytest.approx(told["run"][name], rel=1e-2)
         losses = {key: value for key, value in told["metrics"].items() if key.endswith("_loss")}
         assert {key: also_told["metrics"][key] for key in losses} == pytest.approx(losses, abs=1e-5)
     saved = [sorted(p.relative_to(f).as_posix() for p in f.rglob("adapter_*")) for f in tmp_path.glob("*")]
@@ -81,6 +83,18 @@ def test_nothing_but_sums_of_a_crosses(tmp_path):
     assert [call["numbers"] for call in calls if call["numbers"] > 1] == [size + 1] * 2
     assert {call["name"] for call in calls if call["numbers"] > 1} == {"all_reduce"}
     assert not [call for call in calls if call["in_step"]]
+
+
+def test_processes_that_would_train_other_rounds_are_stopped(tmp_path):
+    done = subprocess.run(
+        command(tmp_path, 2, {"sampler_of_its_own": True, "clients_per_round": 2}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+    )
+    assert done.returncode != 0
+    assert "`client_sampler` chose other clients for round 0 in one process than in another" in done.stderr
 
 
 def test_checkpoints_are_of_round_ends_and_go_on(tmp_path):

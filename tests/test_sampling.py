@@ -321,6 +321,16 @@ class TestPlanRound:
         with pytest.raises(ValueError, match=f"`client_sampler` returned {message} for round 0"):
             self.plan({"a": 1, "b": 1}, sampler=lambda *_: chosen)
 
+    @pytest.mark.parametrize("chosen", [None, "a"])
+    def test_a_sampler_that_returns_no_list(self, chosen):
+        with pytest.raises(TypeError, match=f"`client_sampler` returned {chosen!r} for round 0, not a list of client"):
+            self.plan({"a": 1, "b": 1}, sampler=lambda *_: chosen)
+
+    def test_a_sampler_may_do_what_it_likes_with_what_it_is_told(self):
+        num_rows = {"a": 1, "b": 1}
+        plan = self.plan(num_rows, sampler=lambda round_index, rows, number: [rows.popitem()[0]])
+        assert plan.client_ids == ("b",) and num_rows == {"a": 1, "b": 1}
+
     def test_a_sampler_is_told_the_round_the_rows_and_the_number(self):
         asked = []
 
@@ -338,14 +348,14 @@ class TestMatchLengths:
 
     def order(self, lengths, seed=0, start=0, shuffle_seed=0):
         shuffled = np.random.default_rng(shuffle_seed).permutation(len(lengths)).tolist()
-        return match_lengths(shuffled, np.asarray(lengths), seed=seed, start=start)
+        return match_lengths(shuffled, np.asarray(lengths), seed=seed, start=start, places=len(lengths))
 
     def test_every_row_once(self):
         assert sorted(self.order(self.LENGTHS)) == list(range(400))
 
     def test_by_hand(self):
         lengths = np.array([30, 10, 50, 20, 40])
-        order = match_lengths([4, 3, 2, 1, 0], lengths, seed=7, start=2)
+        order = match_lengths([4, 3, 2, 1, 0], lengths, seed=7, start=2, places=5)
         numbers = np.random.Generator(np.random.PCG64(7)).random(7)[2:]
         ranks = [sum(other < number for other in numbers) for number in numbers]
         assert lengths[order].tolist() == [10 + 10 * rank for rank in ranks]
@@ -354,7 +364,7 @@ class TestMatchLengths:
         shuffled = [3, 0, 2, 1]
         numbers = np.random.Generator(np.random.PCG64(0)).random(4)
         places = np.argsort(numbers)
-        order = match_lengths(shuffled, np.array([9, 9, 9, 9]), seed=0, start=0)
+        order = match_lengths(shuffled, np.array([9, 9, 9, 9]), seed=0, start=0, places=4)
         assert [order[place] for place in places] == shuffled
 
     def test_clients_have_rows_of_like_length_at_the_same_place(self):
@@ -371,6 +381,16 @@ class TestMatchLengths:
         passes = [short[self.order(short, start=start)] for start in (0, 100)]
         correlation = np.corrcoef(np.concatenate(passes), long[self.order(long)])[0, 1]
         assert correlation > 0.9
+
+    def test_a_pass_does_not_depend_on_the_rows_that_the_last_one_dropped(self):
+        """Of 7 rows 4 are trained in each pass; 3 / 7 of those dropped from the first are dropped from the second."""
+        again = 0
+        for seed in range(2000):
+            first, second = (
+                match_lengths(list(range(7)), np.arange(7), seed=seed, start=start, places=4) for start in (0, 4)
+            )
+            again += len(set(first[4:]) & set(second[4:]))
+        assert again / 6000 == pytest.approx(3 / 7, abs=0.025)
 
     def test_a_client_alone_sees_its_rows_in_uniformly_random_order(self):
         """Chi-squared over the 24 orders of 4 rows: beyond 49.7 with a probability of 0.001."""

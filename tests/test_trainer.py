@@ -498,6 +498,20 @@ class TestRowsAndSteps:
         assert first == {3: max(lengths[::2]), 4: max(lengths[1::2])}
         assert padding["group_by_length"] < 0.75 * padding["random"]
 
+    def test_a_collator_that_joins_rows_is_refused_side_by_side(self, make_trained, three):
+        collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+        with pytest.raises(ValueError, match="data collator made a batch of 6 rows into tensors of 1 .`input_ids`"):
+            make_trained(three, data_collator=collator, parallel_clients=3)
+
+    @pytest.mark.parametrize("values", [["long"] * 8, [None] * 8, [None, *range(7)], [[1]] * 8, [True] * 8])
+    def test_a_column_that_happens_to_be_called_length_is_no_length(self, make_trained, values):
+        data = {f"client_{i}": make_rows(8, seed=i) for i in range(2)}
+        plain = make_trained(data, RecordingTrainer, num_rounds=1)
+        named = make_trained(
+            {c: rows.add_column("length", values) for c, rows in data.items()}, RecordingTrainer, num_rounds=1
+        )
+        assert [ids.tolist() for _, ids, _ in named.seen] == [ids.tolist() for _, ids, _ in plain.seen]
+
     def test_clients_side_by_side_have_rows_of_like_length(self, make_trained):
         """Also in later passes, which clients begin at different steps, and after a last batch that is not full."""
         data = {
@@ -1169,6 +1183,18 @@ class TestLogging:
             losses = trainer.round_history[0]["losses"]
             assert list(losses.values()) == pytest.approx(by_client.mean(1), abs=1e-4)
 
+    def test_the_loss_of_the_run_is_the_mean_over_rounds_and_clients(self, make_trainer, three):
+        for parallel in (1, 2, 3):
+            trainer = make_trainer(three, parallel_clients=parallel, num_rounds=2)
+            output = trainer.train()
+            losses = [loss for entry in trainer.round_history for loss in entry["losses"].values()]
+            assert output.training_loss == output.metrics["train_loss"] == pytest.approx(np.mean(losses))
+            assert trainer.state.log_history[-1]["train_loss"] == output.training_loss
+            # A mean over steps is another number where a step has fewer clients.
+            assert output.metrics["train_samples_per_second"] * output.metrics["train_runtime"] == pytest.approx(
+                2 * 3 * 3 * 2, rel=0.02
+            )
+
     def test_operations_are_counted_for_one_adapter_per_token(self, make_trained):
         clients = {f"client_{i}": make_rows(4, seed=i, min_words=6, max_words=6) for i in range(3)}
         counts = [make_trained(clients, parallel_clients=n, num_rounds=1).state.total_flos for n in (1, 3)]
@@ -1751,7 +1777,31 @@ def has_trained_head(trainer, client_id: str) -> bool:
     return max_difference({HEAD: trainer._initial_local[HEAD]}, {HEAD: trainer.client_state_dict(client_id)[HEAD]}) > 0
 
 
+class Doubling(DataCollatorWithPadding):
+    """Two views of every row, as contrastive training has them."""
+
+    def __call__(self, features):
+        return super().__call__([row for row in features for _ in range(2)])
+
+
 class TestClassifier:
+    def test_a_collator_that_multiplies_rows_is_refused_side_by_side(self, make, tokenizer):
+        data = {f"client_{i}": labelled_rows(i) for i in range(3)}
+        with pytest.raises(ValueError, match="data collator made a batch of 6 rows into.*12.*`parallel_clients=1`"):
+            make(data, collator=Doubling(tokenizer), parallel_clients=3)
+
+    def test_it_is_right_for_one_client_at_a_time(self, make, tokenizer):
+        data = {f"client_{i}": labelled_rows(i) for i in range(3)}
+        trained = make(data, collator=Doubling(tokenizer), parallel_clients=1)
+        assert len(set(trained.round_history[0]["losses"].values())) == 3
+
+    def test_a_base_that_is_no_pretrained_model_is_refused(self, make):
+        model = get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)), LoraConfig(r=2, target_modules=["0"])
+        )
+        with pytest.raises(TypeError, match="The base model is a `Sequential`, but it must be a `PreTrainedModel`"):
+            make({"a": labelled_rows(0), "b": labelled_rows(1)}, model=model)
+
     @pytest.fixture
     def make(self, tmp_path, tokenizer):
         def make(data, model=None, collator=None, eval_dataset=None, **kwargs):
