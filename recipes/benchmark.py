@@ -4,7 +4,7 @@ Time and memory of a federation's steps, against the same rows without one.
 ```bash
 make benchmark    # everything, on SmolLM2-135M, to runs/benchmark.json and .png; an hour on two cores
 python recipes/benchmark.py --tokens 64 --batch_sizes 1 --side_by_side --output benchmark.json    # one setting
-python recipes/benchmark.py --rows train.jsonl                   # and the padding of real rows
+python recipes/benchmark.py --rows train.jsonl  # and the padding of real rows
 ```
 
 For every precision, row length and batch size, five ways to train one batch of every client take turns in one process:
@@ -15,8 +15,11 @@ For every precision, row length and batch size, five ways to train one batch of 
 - `sft`: `SFTTrainer`, the rows of all clients as one batch of one adapter;
 - `torch`: a loop in plain torch over the same batch, with no Trainer at all.
 
-Then, each in a fresh process, throughput and peak memory by the number of clients side by side. Ratios of one run are
-compared, since absolute times vary with the machine. `median [min, max]` are over the steps of all turns.
+A step is one batch of every client, so of `one_by_one` and `rebuilt` it is one step of each client. A round is ten
+steps and what comes between them: building trainers, loading, averaging and storing clients, logging.
+
+Then, each in a fresh process, throughput and peak memory by the number of clients side by side. Compare ratios of one
+run on a machine that does nothing else: absolute times vary. `median [min, max]` are over the steps of all turns.
 """
 
 import argparse
@@ -39,6 +42,9 @@ from smollm2 import smollm2_folder
 
 # A round of this many local steps is what round times are given for.
 STEPS_PER_ROUND = 10
+
+# Steps of one kind that differ by more than this are not to be trusted.
+NOISY = 1.5
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def compare(setting: Setting, steps: int, repeats: int) -> dict:
         "side_by_side_over_sft": statistics.median(ours.steps) / statistics.median(timings["sft"].steps),
         "one_by_one_over_side_by_side": timings["one_by_one"].round_seconds / ours.round_seconds,
         "rebuilt_over_side_by_side": timings["rebuilt"].round_seconds / ours.round_seconds,
-        "round_boundary": statistics.median(ours.between) / ours.round_seconds,
+        "fraction_of_round_between_steps": statistics.median(ours.between) / ours.round_seconds,
     }
 
 
@@ -434,11 +440,15 @@ def format_steps(result: dict) -> str:
             f"round of {STEPS_PER_ROUND} steps {way['round']:.2f} s"
         )
     lines.append(
-        f"  side by side: {result['side_by_side_over_torch']:.2f} x the time of plain torch, "
-        f"{result['side_by_side_over_sft']:.2f} x that of SFTTrainer; {result['rebuilt_over_side_by_side']:.2f} x "
-        f"faster than rebuilt, {result['one_by_one_over_side_by_side']:.2f} x faster than one by one; "
-        f"{result['round_boundary']:.1%} of a round between its steps"
+        f"  a step side by side takes {result['side_by_side_over_torch']:.2f} x the time of torch, "
+        f"{result['side_by_side_over_sft']:.2f} x that of sft;\n  a round rebuilt takes "
+        f"{result['rebuilt_over_side_by_side']:.2f} x the time of one side by side, one by one "
+        f"{result['one_by_one_over_side_by_side']:.2f} x;\n  {result['fraction_of_round_between_steps']:.1%} of a round "
+        "side by side lies between its steps"
     )
+    noisy = [name for name, way in result["ways"].items() if way["max"] > NOISY * way["min"]]
+    if noisy:
+        lines.append(f"  NOISY: {', '.join(noisy)} varied by more than {NOISY} x. Is something else running?")
     return "\n".join(lines)
 
 
@@ -502,9 +512,13 @@ def by_precision(results: list[dict]) -> Iterator[tuple[str, list[dict]]]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--model", help="model name or folder; SmolLM2-135M-Instruct if left out")
-    parser.add_argument("--precisions", nargs="+", choices=["fp32", "nf4"], default=["fp32", "nf4"])
+    parser.add_argument(
+        "--precisions", nargs="+", choices=["fp32", "nf4"], default=["fp32", "nf4"], help="of the base"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 128], help="tokens per row")
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4], help="rows per client and step")
     parser.add_argument("--clients", type=int, default=4, help="clients of a step")

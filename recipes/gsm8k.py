@@ -127,7 +127,8 @@ def main(recipe_args, training_args, model_args) -> None:
     # Before, training, after
     limit = recipe_args.max_new_tokens
     before = measure(trainer, evaluation, readers, limit)
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     after = measure(trainer, evaluation, readers, limit)
     trainer.save_model()
 
