@@ -439,13 +439,14 @@ def format_steps(result: dict) -> str:
             f"  {name:13s} step {way['median']:.3f} s [{way['min']:.3f}, {way['max']:.3f}]   "
             f"round of {STEPS_PER_ROUND} steps {way['round']:.2f} s"
         )
-    lines.append(
-        f"  a step side by side takes {result['side_by_side_over_torch']:.2f} x the time of torch, "
-        f"{result['side_by_side_over_sft']:.2f} x that of sft;\n  a round rebuilt takes "
-        f"{result['rebuilt_over_side_by_side']:.2f} x the time of one side by side, one by one "
-        f"{result['one_by_one_over_side_by_side']:.2f} x;\n  {result['fraction_of_round_between_steps']:.1%} of a round "
-        "side by side lies between its steps"
-    )
+    over = {key: f"{result[key]:.2f} x" for key in result if "_over_" in key}
+    lines += [
+        f"  a step side by side takes {over['side_by_side_over_torch']} the time of torch, "
+        f"{over['side_by_side_over_sft']} that of sft",
+        f"  a round rebuilt takes {over['rebuilt_over_side_by_side']} the time of one side by side, one by one "
+        f"{over['one_by_one_over_side_by_side']}",
+        f"  {result['fraction_of_round_between_steps']:.1%} of a round side by side lies between its steps",
+    ]
     noisy = [name for name, way in result["ways"].items() if way["max"] > NOISY * way["min"]]
     if noisy:
         lines.append(f"  NOISY: {', '.join(noisy)} varied by more than {NOISY} x. Is something else running?")
