@@ -91,27 +91,38 @@ def main(args: argparse.Namespace) -> dict:
         raise ValueError(f"`--steps {args.steps}` leaves none to time, as the first one warms up. Pass 2 or more.")
     model = args.model or str(smollm2_folder())
     report = {"machine": describe_machine(), "steps": [], "scaling": [], "padding": []}
+
+    def add(kind: str, result: dict, text: str) -> None:
+        report[kind].append(result)
+        print(text, flush=True)
+        if args.output:  # Each time, so that a run that is stopped leaves what it has measured.
+            write_report(report, Path(args.output))
+
     for precision in args.precisions:
         for batch_size in args.batch_sizes:
             for tokens in args.tokens:
                 setting = Setting(model, precision, tokens, batch_size, args.clients)
-                report["steps"].append(compare(setting, args.steps, args.repeats))
-                print(format_steps(report["steps"][-1]), flush=True)
+                result = compare(setting, args.steps, args.repeats)
+                add("steps", result, format_steps(result))
     for precision in args.precisions:
         for clients in args.side_by_side:
             setting = Setting(model, precision, args.tokens[0], args.batch_sizes[0], clients)
-            report["scaling"].append(measure_scaling(setting, args.steps))
-            print(format_scaling(report["scaling"][-1]), flush=True)
+            result = measure_scaling(setting, args.steps)
+            add("scaling", result, format_scaling(result))
     if args.rows:
         for batch_size in args.batch_sizes:
-            report["padding"].append(measure_padding(model, args.rows, args.clients, batch_size))
-            print(format_padding(report["padding"][-1]), flush=True)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(report, indent=2) + "\n")
+            result = measure_padding(model, args.rows, args.clients, batch_size)
+            add("padding", result, format_padding(result))
     if args.plot:
         plot(report, args.plot)
     return report
+
+
+def write_report(report: dict, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(file)
 
 
 def describe_machine() -> dict[str, str | int]:
