@@ -1626,7 +1626,7 @@ class FederatedMixin:
                 "folder of `output_dir`, or `True` for the newest one there."
             )
         output = super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
-        return output._replace(training_loss=output.metrics["train_loss"])
+        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
