@@ -224,15 +224,16 @@ class FederatedConfig(SFTConfig):
             )
         if self.client_sampling not in ("uniform", "examples"):
             raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {self.client_sampling!r}.")
-        if self.max_update_norm is not None and not isinstance(self.max_update_norm, (int, float)):
-            raise TypeError(
-                f"`max_update_norm` must be a number or None, got {self.max_update_norm!r} of type "
-                f"{type(self.max_update_norm).__name__}."
-            )
-        if self.max_update_norm is not None and not self.max_update_norm > 0:
-            raise ValueError(
-                f"`max_update_norm` must be a positive number, or None for no limit, got {self.max_update_norm!r}."
-            )
+        if self.max_update_norm is not None:
+            if not isinstance(self.max_update_norm, (int, float)):
+                raise TypeError(
+                    f"`max_update_norm` must be a number or None, got {self.max_update_norm!r} of type "
+                    f"{type(self.max_update_norm).__name__}."
+                )
+            if not self.max_update_norm > 0:
+                raise ValueError(
+                    f"`max_update_norm` must be a positive number, or None for no limit, got {self.max_update_norm!r}."
+                )
         if self.deepspeed is not None:
             raise ValueError(
                 "`deepspeed` shards parameters over processes, but here each process trains clients of its own. Leave "

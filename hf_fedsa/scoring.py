@@ -50,10 +50,11 @@ class _ScoreNextTokens(torch.autograd.Function):
             of_label = values.gather(-1, labels[at, None]).squeeze(-1)
             exp = values.exp()
             norm = exp.sum(-1)
-            log_probs[at] = of_label - norm.log()
-            entropy[at] = norm.log() - exp.mul_(values).sum(-1) / norm
+            log_norm = norm.log()
+            log_probs[at] = of_label - log_norm
+            entropy[at] = log_norm - exp.mul_(values).sum(-1) / norm
             is_top1[at] = of_label == 0
-            log_norms[at] = largest.squeeze(-1) + norm.log()
+            log_norms[at] = largest.squeeze(-1) + log_norm
         ctx.save_for_backward(logits, labels, places, log_norms)
         log_probs, entropy, is_top1 = (values.view(logits.shape[:-1]) for values in (log_probs, entropy, is_top1))
         ctx.mark_non_differentiable(entropy, is_top1)

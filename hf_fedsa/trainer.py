@@ -198,15 +198,15 @@ class FederatedMixin:
                 self.eval_dataset = _split_by_client(self.eval_dataset, column)
 
         # Slots
-        if isinstance(self.model, PeftModel) and not isinstance(self.model.get_base_model(), PreTrainedModel):
-            raise TypeError(
-                f"The base model is a `{type(self.model.get_base_model()).__name__}`, but it must be a "
-                "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
-            )
         if not isinstance(self.model, PeftModel):
             raise TypeError(
                 f"The model is a `{type(self.model).__name__}` without an adapter, but only adapters are trained and "
                 "shared. Wrap it with `peft.get_peft_model` first."
+            )
+        if not isinstance(self.model.get_base_model(), PreTrainedModel):
+            raise TypeError(
+                f"The base model is a `{type(self.model.get_base_model()).__name__}`, but it must be a "
+                "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
             )
         validate_peft_config(next(iter(self.model.peft_config.values())))
         self._slots = Slots(

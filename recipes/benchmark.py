@@ -87,6 +87,8 @@ class Timing:
 
 
 def main(args: argparse.Namespace) -> dict:
+    from hf_fedsa.state import write_json
+
     if args.steps < 2:
         raise ValueError(f"`--steps {args.steps}` leaves none to time, as the first one warms up. Pass 2 or more.")
     model = args.model or str(smollm2_folder())
@@ -96,7 +98,7 @@ def main(args: argparse.Namespace) -> dict:
         report[kind].append(result)
         print(text, flush=True)
         if args.output:  # Each time, so that a run that is stopped leaves what it has measured.
-            write_report(report, Path(args.output))
+            write_json(Path(args.output), report)
 
     for precision in args.precisions:
         for batch_size in args.batch_sizes:
@@ -116,13 +118,6 @@ def main(args: argparse.Namespace) -> dict:
     if args.plot:
         plot(report, args.plot)
     return report
-
-
-def write_report(report: dict, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(file)
 
 
 def describe_machine() -> dict[str, str | int]:
