@@ -45,6 +45,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from . import hub
 from .aggregation import WeightedMean
+from .base_layers import GradientProbe, keep_layout
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .model_card import make_model_card
@@ -209,6 +210,13 @@ class FederatedMixin:
                 "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
             )
         validate_peft_config(next(iter(self.model.peft_config.values())))
+        if packed := keep_layout(self.model):
+            logger.warning(
+                "%d base layers had been packed for inference, as the base model was evaluated before it came here. "
+                "They are taken back, with scales rounded to bf16. Load the base anew to train on the original.",
+                packed,
+            )
+        self._gradient_probe = GradientProbe(self.model)
         self._slots = Slots(
             self.model,
             num_slots,
@@ -892,6 +900,7 @@ class FederatedMixin:
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
         self._clock = time.perf_counter()
+        self._gradient_probe.check()
         self._call_round_event(
             "on_round_begin", round_index=self._progress.rounds_done, client_ids=self._current_round().client_ids
         )
@@ -900,6 +909,8 @@ class FederatedMixin:
         """Loads the next wave's clients if none are in the slots, and makes the step's random numbers its own."""
         progress = self._progress
         wave = self._current_wave()
+        if not self.model.training:  # Something was evaluated since the last step.
+            self._gradient_probe.check()
         if not progress.wave_open:
             self._open_wave(wave)
         if not self._keeps_trainer_loop:

@@ -1037,3 +1037,22 @@ def test_arguments_are_rebuilt_from_their_fields(tmp_path):
     assert rebuilt.to_dict() == args.to_dict(), (
         "An `SFTConfig` passed to `FederatedTrainer` is rebuilt field by field."
     )
+
+
+def test_bitsandbytes_packs_for_inference_by_these_names():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
+    forward = inspect.getsource(bitsandbytes.nn.Linear4bit.forward)
+    assert "support_avx512bf16_for_cpu" in vars(layer) and "self.support_avx512bf16_for_cpu" in forward, (
+        "hf_fedsa.base_layers clears this flag of a `Linear4bit`, so that evaluation does not pack its weight"
+    )
+    weight, state = layer.weight.data.clone(), layer.weight.quant_state
+    scales = state.absmax.clone()
+    packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.clone(), state)
+    assert state.packing_format_for_cpu is True and not torch.equal(packed.flatten(), weight.flatten())
+    assert torch.equal(state.absmax.T.flatten(), scales.bfloat16()), "hf_fedsa.base_layers takes them back from here"
+    state.original_nested = False
+    unpacked, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(packed, state)
+    assert torch.equal(unpacked, weight) and state.packing_format_for_cpu is False and state.dtype == torch.float32, (
+        "hf_fedsa.base_layers takes packed layers back by this function"
+    )
