@@ -520,6 +520,8 @@ STOCK = """
 import sys, warnings, logging, io
 stream = io.StringIO()
 logging.basicConfig(stream=stream, level=logging.WARNING)
+# On some CPUs bitsandbytes says at import that the package `kernels` would make it faster.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
