@@ -13,7 +13,7 @@ BENCHMARK_ARGS ?= --output runs/benchmark.json --plot runs/benchmark.png
 # The lowest versions that setup.py allows, each as name==version.
 LOWEST := $(shell sed -n 's/^ *"\([a-z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.py | sort -u)
 
-.PHONY: install test test-slow test-lowest quality format demo benchmark clean
+.PHONY: install test test-slow test-lowest test-other-cpu quality format demo benchmark clean
 
 install: $(VENV)/.installed
 
@@ -26,6 +26,11 @@ $(VENV)/.installed: setup.py
 # The test models are tiny: two processes of one thread each are faster than one of two.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TEST_ARGS)
+
+# What must always hold, computed as an older CPU does it: without AVX, and sums in another order.
+test-other-cpu: install
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
+		tests/test_invariants.py tests/test_base_layers.py tests/test_faults.py $(TEST_ARGS)
 
 # The same tests with the lowest versions, in an environment of their own.
 test-lowest: $(VENV)-lowest/.installed

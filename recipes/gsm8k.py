@@ -65,6 +65,9 @@ class GSM8KArguments:
             Rank of VeRA's projections.
         max_new_tokens (`int`, *optional*, defaults to `256`):
             Longest answer to generate.
+        max_loss_ratio (`float`, *optional*):
+            Share of its loss before training that a client may have left after it. If one has more, the recipe ends
+            with an error, once everything is saved. `None` asks for nothing.
         cross_evaluation (`bool`, *optional*, defaults to `False`):
             Whether to print the loss of every client's adapter on every client's rows.
     """
@@ -82,6 +85,12 @@ class GSM8KArguments:
     adapter: str = field(default="lora", metadata={"help": "Adapter to train.", "choices": ["lora", "vera"]})
     vera_r: int = field(default=256, metadata={"help": "Rank of VeRA's projections."})
     max_new_tokens: int = field(default=256, metadata={"help": "Longest answer to generate."})
+    max_loss_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of its loss that a client may have left after training, or it is an error. None: any."
+        },
+    )
     cross_evaluation: bool = field(
         default=False, metadata={"help": "Whether to print every adapter's loss on every client's rows."}
     )
@@ -98,6 +107,8 @@ def main(recipe_args, training_args, model_args) -> None:
     if model == REPOSITORY:
         with training_args.main_process_first():
             model, training_args.hub_base_model = str(smollm2_folder()), REPOSITORY
+    # Only what is copied to an accelerator can be pinned for it.
+    training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "dtype": model_args.dtype,
@@ -125,23 +136,30 @@ def main(recipe_args, training_args, model_args) -> None:
     )
 
     # Before, training, after
-    limit = recipe_args.max_new_tokens
-    before = measure(trainer, evaluation, readers, limit)
+    def announce(text: str) -> None:
+        if trainer.is_world_process_zero():
+            print(text, flush=True)
+
+    announce(f"Loss of {len(train)} clients on their held-out rows, before they train")
+    before = losses(trainer)
+    announce(f"\n{training_args.rounds} rounds")
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    after = measure(trainer, evaluation, readers, limit)
     trainer.save_model()
+    announce("\nLoss and answers of each client on its held-out rows, with its own adapter")
+    after = losses(trainer)
+    matches = exact_match(trainer, evaluation, readers, recipe_args.max_new_tokens)
 
     # Report
     cross = cross_table(trainer) if recipe_args.cross_evaluation else None
-    if not trainer.is_world_process_zero():
-        return
-    print(results_table(trainer, before, after))
+    announce(results_table(trainer, before, after, matches))
     if cross is not None:
-        print(cross)
-    print(f"Personalised adapters: {Path(training_args.output_dir) / 'clients'}")
+        announce(cross)
+    announce(f"Personalised adapters: {Path(training_args.output_dir) / 'clients'}")
     if training_args.push_to_hub:
-        print(f"On the Hub: {trainer.hub_model_id}")
+        announce(f"On the Hub: {trainer.hub_model_id}")
+    if recipe_args.max_loss_ratio is not None:
+        check_that_all_have_learned(before, after, recipe_args.max_loss_ratio)
 
 
 # Data
@@ -230,25 +248,30 @@ def as_prompts(rows):
 # Measuring
 
 
-def measure(trainer, evaluation, readers, max_new_tokens: int) -> dict[str, dict[str, float]]:
-    """Per client: loss and exact match on its held-out rows, with its own adapter."""
+def losses(trainer) -> dict[str, float]:
+    """Loss of every client on its held-out rows, with its own adapter."""
     metrics = trainer.evaluate()
-    results = {}
-    for client_id, rows in evaluation.items():
-        if not len(rows):
-            continue  # Fewer held-out rows than clients.
+    return {client_id: metrics[f"eval_{client_id}_loss"] for client_id in trainer.eval_dataset}
+
+
+def exact_match(trainer, evaluation, readers, max_new_tokens: int) -> dict[str, list[bool]]:
+    """Per client, whether the result that each answer to a held-out row states is the right one."""
+    matches = {}
+    for client_id in trainer.eval_dataset:
+        rows, read = evaluation[client_id], readers[client_id]
         with trainer.use_client(client_id) as model:
             prompts = [prompt_of(question) for question in rows["question"]]
             texts = generate(model, trainer.processing_class, prompts, max_new_tokens)
-        read = readers[client_id]
-        hits = [read(text) == read(answer) for text, answer in zip(texts, rows["answer"], strict=True)]
-        share = sum(hits) / len(hits)
-        results[client_id] = {
-            "loss": metrics[f"eval_{client_id}_loss"],
-            "exact_match": share,
-            "standard_error": math.sqrt(share * (1 - share) / len(hits)),
-        }
-    return results
+        matches[client_id] = [read(text) == read(answer) for text, answer in zip(texts, rows["answer"], strict=True)]
+    return matches
+
+
+def check_that_all_have_learned(before: dict[str, float], after: dict[str, float], max_ratio: float) -> None:
+    # Not `>`: a loss that is no number has not fallen.
+    failed = [client_id for client_id in before if not after[client_id] <= max_ratio * before[client_id]]
+    if failed:
+        changes = ", ".join(f"{c} from {before[c]:.3f} to {after[c]:.3f}" for c in failed)
+        raise SystemExit(f"Not all clients have learned (`max_loss_ratio={max_ratio}`): {changes}.")
 
 
 def generate(model, tokenizer, prompts, max_new_tokens: int, batch_size: int = 32) -> list[str]:
@@ -269,22 +292,22 @@ def generate(model, tokenizer, prompts, max_new_tokens: int, batch_size: int = 3
 # Report
 
 
-def results_table(trainer, before, after) -> str:
-    """Per client: loss and exact match before and after, and the bytes that left it."""
+def results_table(trainer, before: dict[str, float], after: dict[str, float], matches: dict[str, list[bool]]) -> str:
+    """Per client: loss before and after, exact match with its standard error, and the bytes that left it."""
     sent = dict.fromkeys(trainer.client_ids, 0)
     for entry in trainer.round_history:
         for client_id in entry["clients"]:
             sent[client_id] += entry["bytes_up"] // len(entry["clients"])
-    rows = [["client", "loss before", "after", "exact match before", "after", "bytes that left"]]
-    for client_id in before:
-        first, last = before[client_id], after[client_id]
+    rows = [["client", "loss before", "after", "exact match", "bytes that left"]]
+    for client_id, hits in matches.items():
+        share = sum(hits) / len(hits)
+        error = math.sqrt(share * (1 - share) / len(hits))
         rows.append(
             [
                 client_id,
-                f"{first['loss']:.3f}",
-                f"{last['loss']:.3f}",
-                f"{first['exact_match']:.1%} ± {first['standard_error']:.1%}",
-                f"{last['exact_match']:.1%} ± {last['standard_error']:.1%}",
+                f"{before[client_id]:.3f}",
+                f"{after[client_id]:.3f}",
+                f"{sum(hits)} of {len(hits)}, {share:.1%} ± {error:.1%}",
                 f"{sent[client_id]:,}",
             ]
         )
@@ -319,4 +342,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
+    from quiet import quiet_libraries
+
+    quiet_libraries()
     main(*make_parser().parse_args_and_config())

@@ -67,6 +67,9 @@ def main(recipe_args, training_args, model_args) -> None:
 
     from hf_fedsa import FederatedTrainer
 
+    # Only what is copied to an accelerator can be pinned for it.
+    training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
+
     # Data
     train, evaluation = make_rows(recipe_args, training_args.seed)
 
@@ -130,4 +133,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
+    from quiet import quiet_libraries
+
+    quiet_libraries()
     main(*make_parser().parse_args_and_config())
