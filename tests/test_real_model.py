@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_fedsa import FederatedTrainer
+from hf_fedsa.base_layers import keep_layout
 from hf_fedsa.parameters import count_bytes
 
 pytestmark = pytest.mark.slow
@@ -71,6 +72,7 @@ def test_clients_learn_their_own_form_and_load_with_stock_peft(base, tmp_path):
         with trainer.use_client(client_id) as model, torch.no_grad():
             expected = model.eval()(**inputs).logits
         model = AutoModelForCausalLM.from_pretrained(base, quantization_config=QUANTIZATION, dtype=torch.float32)
+        keep_layout(model)  # As in the trainer: some CPUs compute in bf16 else.
         model = PeftModel.from_pretrained(model, str(tmp_path / "clients" / client_id)).eval()
         with torch.no_grad():
             assert (model(**inputs).logits - expected).abs().max() < 1e-3
