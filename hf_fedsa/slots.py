@@ -273,7 +273,7 @@ def _compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
     """
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype
-    return torch.float32 if x.device.type == "cpu" else weight.dtype
+    return torch.promote_types(weight.dtype, torch.float32) if x.device.type == "cpu" else weight.dtype
 
 
 def _vera_forward(layer, x, names, counts, *args, **kwargs) -> torch.Tensor:

@@ -132,8 +132,16 @@ KINDS = {
     "nf4_dora": (partial(base_quantized, **NF4), partial(lora, use_dora=True)),
     "int8": (partial(base_quantized, **INT8), lora),
 }
+# With other neighbours sums are taken in another order, so what must be equal is computed in fp64. Quantized layers
+# cannot: there, small gradients are little more than rounding errors, which are judged by the size of all together.
+QUANTIZED_TOLERANCE = 2e-5
 # Activations are rounded to 8 bits, so that a difference of one float in a layer's input can grow to a rounding step.
-TOLERANCE = {"int8": 3e-2}
+TOLERANCE = {
+    "nf4": QUANTIZED_TOLERANCE,
+    "nf4_vera": QUANTIZED_TOLERANCE,
+    "nf4_dora": QUANTIZED_TOLERANCE,
+    "int8": 3e-2,
+}
 # bf16 holds 8 bits of a number, and sums are taken in another order.
 BF16_TOLERANCE = 3e-2
 
@@ -162,7 +170,7 @@ def make_slots(model, num_slots: int = NUM_SLOTS, scale: float = 0.3, **kwargs) 
 def make_inputs(model, num_rows: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     if isinstance(model.get_base_model(), Convolutions):
-        return torch.randn(num_rows, 5, LENGTH, generator=generator)
+        return torch.randn(num_rows, 5, LENGTH, generator=generator).to(next(model.parameters()).dtype)
     # No padding token, whose first occurrence would end a row for a classifier.
     return torch.randint(1, VOCABULARY, (num_rows, LENGTH), generator=generator)
 
@@ -272,7 +280,17 @@ def with_references(model, **kwargs) -> Federation:
 @pytest.fixture(scope="module")
 def federation(request, tmp_path_factory):
     model = build(request.param, tmp_path_factory.mktemp("base")).eval()
-    federation = with_references(model, scale=0.1 if request.param in TOLERANCE else 0.3)
+    federation = with_references(model, scale=0.1 if request.param == "int8" else 0.3)
+    federation.tolerance = TOLERANCE.get(request.param, 1e-5)
+    return federation
+
+
+@pytest.fixture(scope="module")
+def exact_federation(request, tmp_path_factory):
+    model = build(request.param, tmp_path_factory.mktemp("base")).eval()
+    if request.param not in TOLERANCE:
+        model = model.double()
+    federation = with_references(model, scale=0.1 if request.param == "int8" else 0.3)
     federation.tolerance = TOLERANCE.get(request.param, 1e-5)
     return federation
 
@@ -281,9 +299,9 @@ def federation(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("slot_rows", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("federation", KINDS, ids=KINDS, indirect=True)
-def test_outputs_and_gradients_are_those_of_every_client_alone(federation, slot_rows):
-    federation.check(slot_rows)
+@pytest.mark.parametrize("exact_federation", KINDS, ids=KINDS, indirect=True)
+def test_outputs_and_gradients_are_those_of_every_client_alone(exact_federation, slot_rows):
+    exact_federation.check(slot_rows)
 
 
 @pytest.mark.parametrize("slot_rows", [ROWS["equal"], ROWS["unequal_in_reverse"]], ids=["equal", "unequal"])
@@ -433,7 +451,7 @@ def test_base_and_adapter_may_differ_in_dtype(kind, base_dtype, slot_dtype):
                 module.vera_A["default"].data = module.vera_A["default"].data.to(slot_dtype)
                 module.vera_B["default"].data = module.vera_B["default"].data.to(slot_dtype)
     federation = with_references(model, scale=0.1)
-    federation.tolerance = BF16_TOLERANCE if torch.bfloat16 in (base_dtype, slot_dtype) else 1e-5
+    federation.tolerance = BF16_TOLERANCE if torch.bfloat16 in (base_dtype, slot_dtype) else QUANTIZED_TOLERANCE
     for slot_rows in (ROWS["equal"], ROWS["unequal"]):
         federation.check(slot_rows)
         assert federation.side_by_side(slot_rows).dtype == base_dtype
@@ -442,7 +460,7 @@ def test_base_and_adapter_may_differ_in_dtype(kind, base_dtype, slot_dtype):
 @pytest.mark.parametrize("kind", ["lora", "vera"])
 def test_dropout_is_off_in_evaluation_and_on_in_training(kind):
     base, config = KINDS[kind]
-    federation = with_references(get_peft_model(base(), config(**{f"{kind}_dropout": 0.5})).eval())
+    federation = with_references(get_peft_model(base().double(), config(**{f"{kind}_dropout": 0.5})).eval())
     for slot_rows in (ROWS["equal"], ROWS["unequal"]):
         federation.check(slot_rows)
     evaluated = federation.side_by_side(ROWS["equal"])
@@ -789,7 +807,7 @@ def test_initialisations_that_change_the_base_weight_are_known(init, mutates):
 
 
 def test_the_packages_own_config_makes_slots():
-    federation = with_references(get_peft_model(base_llama(), make_lora()).eval())
+    federation = with_references(get_peft_model(base_llama().double(), make_lora()).eval())
     federation.check(ROWS["unequal"])
 
 
@@ -844,3 +862,14 @@ def test_heads_trained_in_full_are_served_by_client():
         together = head(x)
     expected = [head.modules_to_save["slot_2"](x[:1]), head.modules_to_save["default"](x[1:])]
     torch.testing.assert_close(together, torch.cat(expected))
+
+
+def test_low_rank_products_are_computed_in_the_precision_of_the_adapter():
+    model = get_peft_model(base_llama().double(), lora()).eval()
+    slots = make_slots(model)
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    x = torch.randn(6, LENGTH, 32, generator=torch.Generator().manual_seed(3)).double()
+    with torch.no_grad(), slots.rows(((0, 6),)):
+        found = layer(x)
+    with torch.no_grad():
+        assert relative_difference(found, layer(x)) < 1e-14
