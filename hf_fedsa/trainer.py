@@ -948,6 +948,9 @@ class FederatedMixin:
             self._finish_current_push()
             self._push_progress()
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
+        for slot in range(1, len(self._slots)):
+            # Whatever is made of the model's state dict, it does not hold the B of the clients that came last.
+            self._slots.load(slot, self._broadcast(), self._initial_local)
 
     def _current_round(self) -> Round:
         if self._keeps_trainer_loop:

@@ -17,7 +17,7 @@ import transformers
 from accelerate.data_loader import skip_first_batches
 from conftest import make_args, make_lora, make_model, make_rows
 from datasets import Dataset
-from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -830,6 +830,13 @@ def test_the_fused_head_scores_tokens_as_the_plain_logits_do(tokenizer, tmp_path
     )
 
 
+def test_the_fused_head_is_a_wrapper_of_the_classes_forward_on_the_instance(tokenizer, tmp_path):
+    base = make_sft(tokenizer, tmp_path).model.get_base_model()
+    assert inspect.unwrap(base.__dict__["forward"].__func__) is inspect.unwrap(type(base).forward), (
+        "hf_fedsa takes TRL's forward off a copy of the model, which would compute with the original's weights."
+    )
+
+
 def test_model_tags_come_from_the_class_attribute(tokenizer, tmp_path):
     class Tagged(SFTTrainer):
         _tag_names = ["some-tag"]
@@ -883,6 +890,13 @@ def test_a_layer_is_switched_by_its_active_adapter_without_freezing_the_others(c
         expected = model(input_ids=ids).logits
     assert not torch.allclose(first, expected)
     assert torch.equal(switched, expected), "hf_fedsa switches a layer to a client by setting `_active_adapter`."
+
+
+def test_all_adapters_are_saved_unless_some_are_named():
+    parameters = list(inspect.signature(PeftModel.save_pretrained).parameters)
+    assert parameters[1:4] == ["save_directory", "safe_serialization", "selected_adapters"], (
+        "hf_fedsa passes the third one, so that a model handed to a user saves one client."
+    )
 
 
 def test_set_adapter_freezes_the_adapter_it_leaves():
