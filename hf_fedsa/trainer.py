@@ -48,13 +48,15 @@ from .aggregation import WeightedMean
 from .base_layers import GradientProbe, keep_layout
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .data import rows_of
 from .model_card import make_model_card
+from .other_trainers import check_trainer, prepare_rows
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
-from .slots import SlotRows, Slots, mutates_base, take_rows
+from .slots import SlotRows, Slots, mutates_base
 from .state import (
     STATE_FOLDER,
     CheckpointError,
@@ -152,6 +154,7 @@ class FederatedMixin:
         single = len(self.client_ids) == 1
         num_slots = _num_slots(args, len(self.client_ids))
         self._keeps_trainer_loop = single and args.local_steps is None and args.local_epochs in (None, 1)
+        check_trainer(self, args, model, len(self.client_ids), num_slots)
         if self._names_clients or not self._keeps_trainer_loop:
             _refuse_packing(args)
         if not self._keeps_trainer_loop:
@@ -641,7 +644,7 @@ class FederatedMixin:
             for slot, part in _split_rows(inputs, slot_rows):
                 # Losses that are not normalised by a count of items are averaged over the client's own micro-batches.
                 self.current_gradient_accumulation_steps = self._step_batches[slot]
-                with self._serving(((slot, _num_rows(part)),), part):
+                with self._serving(((slot, dict(slot_rows)[slot]),), part):
                     client_loss = super().training_step(model, part, self._step_items[slot])
                 self._add_loss(slot, client_loss)
             self.current_gradient_accumulation_steps = accumulation_steps
@@ -1269,7 +1272,7 @@ class FederatedMixin:
 
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         """Does to rows what the Trainer's constructor does, such as tokenizing them."""
-        return dataset
+        return prepare_rows(self, dataset)
 
     # Saving
 
@@ -2014,16 +2017,16 @@ class _Replay:
         return self.outputs
 
 
-def _num_rows(inputs: Mapping[str, Any]) -> int:
-    return next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
-
-
 def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each slot's part of a batch: its rows of every tensor that has one entry per row, all else as it is."""
+    """Each slot's part of a batch. All of it, if it is one client's."""
+    entries = {key: value for key, value in inputs.items() if key != "slot_rows"}
+    if len(slot_rows) == 1:
+        yield slot_rows[0][0], entries
+        return
     total = sum(count for _, count in slot_rows)
     start = 0
     for slot, count in slot_rows:
-        yield slot, {key: take_rows(value, start=start, count=count, total=total) for key, value in inputs.items()}
+        yield slot, {key: rows_of(value, key, start, count, total) for key, value in entries.items()}
         start += count
 
 

@@ -14,6 +14,7 @@ import peft.import_utils
 import pytest
 import torch
 import transformers
+import trl
 from accelerate.data_loader import skip_first_batches
 from conftest import make_args, make_lora, make_model, make_rows
 from datasets import Dataset
@@ -29,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer
+from hf_fedsa import FederatedTrainer, other_trainers
 from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
@@ -149,6 +150,25 @@ def test_a_model_that_is_marked_as_prepared_is_not_wrapped():
 @pytest.mark.parametrize("name", ["gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader"])
 def test_what_is_left_out_when_a_process_computes_alone_exists(name):
     assert callable(getattr(accelerate.Accelerator, name, None)), f"Accelerator.{name} is gone, see `_COLLECTIVES`."
+
+
+@pytest.mark.parametrize("trainer", [trl.DPOTrainer, trl.KTOTrainer, trl.RewardTrainer])
+def test_preference_trainers_prepare_rows_by_these_arguments(trainer):
+    parameters = list(inspect.signature(trainer._prepare_dataset).parameters)
+    assert parameters == ["self", "dataset", "processing_class", "args", "dataset_name"], (
+        "hf_fedsa prepares the rows passed to `evaluate` with it."
+    )
+
+
+@pytest.mark.parametrize(("name", "config"), other_trainers._CONFIG_OF.items())
+def test_what_is_known_of_other_trainers_is_known_by_their_names(name, config):
+    origin = transformers if name == "Seq2SeqTrainer" else trl
+    assert getattr(origin, name).__name__ == name and getattr(origin, config).__name__ == config
+
+
+@pytest.mark.parametrize("name", other_trainers._GENERATE_ROWS)
+def test_trainers_that_keep_generated_rows_are_known_by_their_names(name):
+    assert "self._buffered_inputs" in inspect.getsource(getattr(trl, name)._prepare_inputs)
 
 
 def test_upstream_pushes_by_keywords():

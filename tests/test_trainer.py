@@ -1793,6 +1793,24 @@ class TestClassifier:
         with pytest.raises(ValueError, match="data collator made a batch of 6 rows into.*12.*`parallel_clients=1`"):
             make(data, collator=Doubling(tokenizer), parallel_clients=3)
 
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_entries_that_are_no_tensors_are_divided_by_client_too(self, make, tokenizer, monkeypatch, parallel):
+        class Texts(DataCollatorWithPadding):
+            def __call__(self, features):
+                texts = [str(row["input_ids"]) for row in features]
+                return {**super().__call__(features), "texts": texts, "more": {"array": np.array(texts)}}
+
+        def compute_loss(trainer, model, inputs, **kwargs):
+            texts, more = inputs.pop("texts"), inputs.pop("more")
+            assert texts == list(more["array"]) == [str(ids) for ids in inputs["input_ids"].tolist()]
+            seen.append(len(texts))
+            return super(FederatedClassifier, trainer).compute_loss(model, inputs, **kwargs)
+
+        seen = []
+        monkeypatch.setattr(FederatedClassifier, "compute_loss", compute_loss, raising=False)
+        make({f"client_{i}": labelled_rows(i) for i in range(3)}, collator=Texts(tokenizer), parallel_clients=parallel)
+        assert seen == [2] * 18
+
     def test_it_is_right_for_one_client_at_a_time(self, make, tokenizer):
         data = {f"client_{i}": labelled_rows(i) for i in range(3)}
         trained = make(data, collator=Doubling(tokenizer), parallel_clients=1)
