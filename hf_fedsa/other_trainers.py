@@ -1,5 +1,6 @@
 """What is known of Trainers that `FederatedMixin` may stand before: what they need, and what they would do wrong."""
 
+from statistics import fmean
 from typing import Any
 
 from datasets import Dataset
@@ -19,6 +20,8 @@ _CONFIG_OF = {
 _ONE_CLIENT_AT_A_TIME = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
 # They keep generated rows over several steps.
 _GENERATE_ROWS = ("DistillationTrainer", "GRPOTrainer", "RLOOTrainer")
+# They keep metrics of the steps since the last line of the log, and add them to the next.
+_RUNNING_METRICS = ("SFTTrainer", *_ONE_CLIENT_AT_A_TIME)
 
 
 def _known_as(trainer: Trainer, names) -> str | None:
@@ -91,3 +94,16 @@ def prepare_rows(trainer: Trainer, dataset: Dataset) -> Dataset:
             "there as `eval_dataset`, or leave it out."
         )
     return trainer._prepare_dataset(dataset, trainer.processing_class, trainer.args, "eval")
+
+
+def take_running_metrics(trainer: Trainer) -> dict[str, float]:
+    """
+    Mean of every metric that a trainer of TRL has kept in evaluation mode, which it is then without.
+
+    The trainer adds them to what is logged next: all clients' together, and not to what `evaluate` returns.
+    """
+    if _known_as(trainer, _RUNNING_METRICS) is None:
+        return {}
+    kept = trainer._metrics["eval"]
+    # A count of what was trained on, not of what was evaluated.
+    return {name: fmean(values) for name in list(kept) if name != "num_tokens" and (values := kept.pop(name))}

@@ -50,7 +50,7 @@ from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallba
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .model_card import make_model_card
-from .other_trainers import check_trainer, prepare_rows
+from .other_trainers import check_trainer, prepare_rows, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
@@ -1179,7 +1179,7 @@ class FederatedMixin:
 
         Returns:
             `dict[str, float]`: `eval_<client_id>_loss` for every client, and `eval_loss`, their mean; likewise for
-            metrics of `compute_metrics`.
+            metrics of `compute_metrics` and those that TRL's trainers log, such as `mean_token_accuracy`.
         """
         own_rows = metric_key_prefix == "eval" and (eval_dataset is None or isinstance(eval_dataset, str))
         if not self._names_clients:
@@ -1209,6 +1209,7 @@ class FederatedMixin:
         num_samples = num_steps = 0
         mine = list(datasets)[self.args.process_index :: self.args.world_size]
         outputs: dict[str, tuple[dict[str, Any], int]] = {}
+        take_running_metrics(self)  # Of whatever was computed in evaluation mode before, as by `predict`.
         for client_id in mine:
             with self._alone(), self.use_client(client_id):
                 output = self.evaluation_loop(
@@ -1218,7 +1219,9 @@ class FederatedMixin:
                     ignore_keys=ignore_keys,
                     metric_key_prefix=f"{metric_key_prefix}_{client_id}",
                 )
-            outputs[client_id] = output.metrics, output.num_samples
+            running = take_running_metrics(self)
+            own = {f"{metric_key_prefix}_{client_id}_{name}": value for name, value in running.items()}
+            outputs[client_id] = {**output.metrics, **own}, output.num_samples
         if self.args.world_size > 1:
             outputs = {client_id: output for part in gather_object([outputs]) for client_id, output in part.items()}
         for client_id in datasets:

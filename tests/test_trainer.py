@@ -1091,6 +1091,23 @@ class TestEvaluate:
         assert metrics["eval_loss"] == pytest.approx(np.mean([metrics[f"eval_{c}_loss"] for c in held_out]))
         assert {"eval_runtime", "eval_samples_per_second"} <= metrics.keys()
 
+    def test_metrics_of_trl_are_per_client_and_averaged(self, trainer, held_out, tokenizer):
+        trainer.predict(trainer.eval_dataset["client_2"].select([0]))  # Keeps metrics that are no client's here.
+        metrics = trainer.evaluate()
+        for client_id, rows in held_out.items():
+            right = []
+            for text in rows["text"]:
+                ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+                with trainer.use_client(client_id) as model, torch.no_grad():
+                    right += (model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).tolist()
+            assert metrics[f"eval_{client_id}_mean_token_accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+        for name in ("mean_token_accuracy", "entropy"):
+            values = [metrics[f"eval_{client_id}_{name}"] for client_id in held_out]
+            assert len(set(values)) == 3 and metrics[f"eval_{name}"] == pytest.approx(np.mean(values))
+            assert trainer.state.log_history[-1][f"eval_{name}"] == metrics[f"eval_{name}"]
+        assert trainer.evaluate("client_1")["eval_entropy"] == metrics["eval_client_1_entropy"]
+        assert trainer.evaluate(held_out, metric_key_prefix="test")["test_entropy"] == metrics["eval_entropy"]
+
     def test_a_client_id_evaluates_that_client_alone(self, trainer):
         everyone, one = trainer.evaluate(), trainer.evaluate("client_1")
         assert one["eval_client_1_loss"] == one["eval_loss"] == pytest.approx(everyone["eval_client_1_loss"])
@@ -1427,13 +1444,14 @@ class TestCallbacks:
         rates = logged(trainer, "learning_rate")
         assert rates[3:5] == pytest.approx([5e-3, 2.5e-3])
 
-    def test_early_stopping_ends_the_run_between_rounds(self, make_trained, three):
+    @pytest.mark.parametrize("metric", ["eval_loss", "eval_mean_token_accuracy"])
+    def test_early_stopping_ends_the_run_between_rounds(self, make_trained, three, metric):
         trainer = make_trained(
             three,
             eval_dataset=three,
             eval_strategy="epoch",
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
+            metric_for_best_model=metric,
+            greater_is_better=metric != "eval_loss",
             callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)],
             num_rounds=5,
         )
