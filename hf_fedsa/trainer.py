@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -49,6 +49,7 @@ from .base_layers import GradientProbe, keep_layout
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
+from .evaluation import kept_in_precision
 from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
@@ -1247,6 +1248,24 @@ class FederatedMixin:
         metrics.update(speed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        casts = self.args.bf16_full_eval or self.args.fp16_full_eval
+        with kept_in_precision(self.model) if casts else contextlib.nullcontext():
+            return super().evaluation_loop(
+                dataloader,
+                description,
+                prediction_loss_only=prediction_loss_only,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps the metrics of clients for the model card."""

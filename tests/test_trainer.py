@@ -1132,6 +1132,24 @@ class TestEvaluate:
         trainer.evaluate()
         assert max_difference(before, weights_of(trainer)) == 0
 
+    @pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+    @pytest.mark.parametrize("named", [True, False], ids=["clients", "one client"])
+    def test_evaluating_in_half_precision_rounds_nothing_for_good(self, make_trainer, three, setting, named):
+        rows = three if named else three["client_0"]
+        plain = make_trainer(rows, eval_dataset=rows, num_rounds=1)
+        trainer = make_trainer(rows, eval_dataset=rows, num_rounds=1, **{setting: True})
+        before = copy.deepcopy(trainer.model.state_dict())
+        half, full = trainer.evaluate()["eval_loss"], plain.evaluate()["eval_loss"]
+        assert half != full and half == pytest.approx(full, abs=0.05)
+        trainer.predict(trainer.eval_dataset["client_0"] if named else trainer.eval_dataset)
+        trainer.train()
+        plain.train()
+        trainer.evaluate()
+        after, expected = trainer.model.state_dict(), plain.model.state_dict()
+        assert {tensor.dtype for tensor in before.values()} == {tensor.dtype for tensor in after.values()}
+        assert max_difference(after, expected) == 0 and max_difference(before, after) > 0
+        assert max_difference(weights_of(trainer), weights_of(plain)) == 0
+
     def test_new_rows_of_an_unknown_client_are_refused(self, trainer):
         with pytest.raises(ValueError, match="rows of 'stranger'.*`eval_unseen_clients=True`"):
             trainer.evaluate({"stranger": make_rows(2, seed=3)})
