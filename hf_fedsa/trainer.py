@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -47,6 +46,7 @@ from . import hub
 from .aggregation import WeightedMean
 from .base_layers import GradientProbe, keep_layout
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
+from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .evaluation import kept_in_precision
@@ -1778,6 +1778,8 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             validate_peft_config(peft_config)
         if train_dataset is None:
             raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+        if not isinstance(model, PeftModel):
+            refuse_new_tokens(model, args, processing_class)
         if isinstance(model, str) and isinstance(train_dataset, Mapping) and formatting_func is None:
             _check_completions_fit(train_dataset, args, model, processing_class)
 
@@ -2145,19 +2147,22 @@ def _check_completions_fit(
     """
     if args.max_length is None or args.truncation_mode != "keep_start" or args.completion_only_loss is False:
         return
-    tokenizer = processing_class
+    tokenizer, template = processing_class, chat_template_at(args.chat_template_path)
     for client_id, rows in clients.items():
         if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
             continue
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        if not any(_num_prompt_tokens(tokenizer, row["prompt"]) < args.max_length for row in rows):
+        tokenizer = load_tokenizer(model, args, tokenizer)
+        if not any(_num_prompt_tokens(tokenizer, row["prompt"], template) < args.max_length for row in rows):
             raise ValueError(_EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=args.max_length))
 
 
-def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> int:
+def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], chat_template: str | None) -> int:
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    tokens = tokenizer.apply_chat_template(
+        prompt, chat_template=chat_template, add_generation_prompt=True, return_dict=True
+    )
+    return len(tokens["input_ids"])
 
 
 def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:

@@ -30,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer, other_trainers
+from hf_fedsa import FederatedTrainer, chat_template, other_trainers
 from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
@@ -854,6 +854,13 @@ def test_the_fused_head_is_a_wrapper_of_the_classes_forward_on_the_instance(toke
     base = make_sft(tokenizer, tmp_path).model.get_base_model()
     assert inspect.unwrap(base.__dict__["forward"].__func__) is inspect.unwrap(type(base).forward), (
         "hf_fedsa takes TRL's forward off a copy of the model, which would compute with the original's weights."
+    )
+
+
+def test_a_cloned_chat_template_fills_the_vocabulary_up():
+    default = inspect.signature(trl.clone_chat_template).parameters["resize_to_multiple_of"].default
+    assert default == chat_template._VOCABULARY_MULTIPLE, (
+        "hf_fedsa says before the model loads whether a chat template adds tokens."
     )
 
 
