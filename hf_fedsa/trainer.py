@@ -53,7 +53,7 @@ from .evaluation import kept_in_precision
 from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
-from .partition import merge_clients, rows_by_client
+from .partition import is_transformed, merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
@@ -143,7 +143,7 @@ class FederatedMixin:
             )
         if self._names_clients and isinstance(eval_dataset, Mapping):
             # A split in the training set's proportions may leave small clients without evaluation rows.
-            eval_dataset = {client_id: rows for client_id, rows in eval_dataset.items() if len(rows)}
+            eval_dataset = {c: rows for c, rows in eval_dataset.items() if not isinstance(rows, Dataset) or len(rows)}
         if self._names_clients and eval_dataset is not None:
             eval_dataset = _as_one_dataset(eval_dataset, args, name="eval_dataset")
             self._check_eval_clients(eval_dataset, args)
@@ -1776,6 +1776,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         args = _as_federated_config(args, model)
         if not isinstance(model, PeftModel):
             validate_peft_config(peft_config)
+        _refuse_transforms_to_prepare(args, train_dataset, eval_dataset)
         if train_dataset is None:
             raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
         if not isinstance(model, PeftModel):
@@ -1955,6 +1956,8 @@ class _SlotDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
         if not keys:
             return []
+        if is_transformed(self.dataset):
+            return self._by_client(keys)  # A transform is given a batch, and must not see that of another client.
         try:
             rows = self.dataset.__getitems__([row for _, row in keys])
         except Exception:  # Whatever reading raises, it must not take the other clients with it.
@@ -2136,6 +2139,20 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
     return dataset
 
 
+def _refuse_transforms_to_prepare(args: FederatedConfig, *datasets: Any) -> None:
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, Mapping) else (rows,))]
+    # Rows with images are left as they are.
+    if any(is_transformed(part) and len(part) and not {"image", "images"} & set(part[0]) for part in parts):
+        raise ValueError(
+            "A dataset uses `Dataset.with_transform`, which is applied to rows as they are read, but rows are "
+            "tokenized once before training. Pass `dataset_kwargs={'skip_prepare_dataset': True}` (with "
+            "`remove_unused_columns=False`) and let the transform return token ids and labels, or apply it with "
+            "`Dataset.map`."
+        )
+
+
 def _check_completions_fit(
     clients: Mapping[str, Any], args: FederatedConfig, model: str, processing_class: Any
 ) -> None:
@@ -2150,6 +2167,8 @@ def _check_completions_fit(
     tokenizer, template = processing_class, chat_template_at(args.chat_template_path)
     for client_id, rows in clients.items():
         if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
+            continue
+        if is_transformed(rows):
             continue
         tokenizer = load_tokenizer(model, args, tokenizer)
         if not any(_num_prompt_tokens(tokenizer, row["prompt"], template) < args.max_length for row in rows):

@@ -341,6 +341,31 @@ class TestFormsOfTheDataset:
         assert all(has_trained(trainer, client_id) for client_id in unequal)
         assert len(logged(trainer, "eval_client_2_loss")) == 1
 
+    @pytest.mark.parametrize("form", [as_dict, as_one_dataset], ids=lambda form: form.__name__)
+    def test_a_transform_is_applied_to_the_rows_of_one_client_at_a_time(self, make_trained, unequal, tokenizer, form):
+        def tokenize(batch):
+            seen.append(batch)
+            ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in batch["text"]]
+            return {"input_ids": ids, "labels": ids}
+
+        seen = []
+        raw = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+        settings = {"num_rounds": 1, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+        data = form(unequal)
+        if isinstance(data, dict):
+            data = {client_id: rows.with_transform(tokenize) for client_id, rows in data.items()}
+        else:
+            data = data.with_transform(tokenize)
+        trainer = make_trained(data, eval_dataset=data, **raw, **settings)
+        plain = make_trained(form(unequal), eval_dataset=form(unequal), **settings)
+        assert max_difference(weights_of(trainer), weights_of(plain)) < 1e-6
+        losses = [t.evaluate()["eval_client_2_loss"] for t in (trainer, plain)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        owner = {text: client_id for client_id, rows in unequal.items() for text in rows["text"]}
+        assert len(seen) > 9 and all(len({owner[text] for text in batch["text"]}) == 1 for batch in seen)
+        if form is as_dict:
+            assert all(batch.keys() == {"text"} for batch in seen)
+
     def test_the_client_column_can_be_renamed(self, make_trained, unequal):
         data = as_one_dataset(unequal, column="hospital")
         trainer = make_trained(data, eval_dataset=data, client_column="hospital", num_rounds=1)
