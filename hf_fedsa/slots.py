@@ -84,6 +84,8 @@ class Slots:
         self.share_of: dict[str, Share] = {
             key: classify(key, self.method, modules_to_save, share_modules_to_save) for key in self.parameters[0]
         }
+        self._trained = {key for key, parameter in self.parameters[0].items() if parameter.requires_grad}
+        self._frozen: set[str] = set()
         for name in self.names[1:]:
             self.parameters.append(self._add_adapter(name))
         if num_slots > 1:
@@ -113,6 +115,27 @@ class Slots:
             parameters[key].data = first.data.clone()
             parameters[key].requires_grad_(first.requires_grad)
         return parameters
+
+    # What trains
+
+    def freeze(self, share: Share) -> None:
+        """Keeps the shared or the local tensors of every slot from training."""
+        self._frozen |= {key for key, other in self.share_of.items() if other == share}
+        self.keep_trained()
+
+    def keep_trained(self) -> None:
+        """
+        Lets slots train that were frozen as a whole, and keeps frozen what is to be.
+
+        PEFT's `set_adapter` freezes all adapters but one, which it lets train altogether. It is also called where
+        `disable_adapter` ends, so a look at the base model would end the training of every slot but the first.
+        """
+        for parameters in self.parameters:
+            if not any(parameter.requires_grad for parameter in parameters.values()):
+                for key in self._trained:
+                    parameters[key].requires_grad_(True)
+            for key in self._frozen:
+                parameters[key].requires_grad_(False)
 
     # Loading
 

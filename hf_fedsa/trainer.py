@@ -336,9 +336,8 @@ class FederatedMixin:
             self._initial_local = {key: origin.local[key].to(t.dtype) for key, t in self._initial_local.items()}
         self._slots.load(0, self._initial_shared, self._initial_local)
         self._trains_shared = train_shared
-        for slot in range(len(self._slots)):
-            for parameter in self._slots.select(slot, "shared").values():
-                parameter.requires_grad_(train_shared)
+        if not train_shared:
+            self._slots.freeze("shared")
         self._origin = {
             "shared_sha256": tensors_sha256(origin.shared),
             "rounds_done": origin.federation["rounds_done"],
@@ -626,6 +625,7 @@ class FederatedMixin:
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         self._step_losses = []
+        self._slots.keep_trained()
         if self._keeps_trainer_loop:
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._add_loss(0, loss)
@@ -774,6 +774,7 @@ class FederatedMixin:
     # Optimizer and schedule
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        self._slots.keep_trained()  # The Trainer takes what trains.
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self._fresh_optimizer_groups is None:
             self._fresh_optimizer_groups = copy.deepcopy(optimizer.state_dict()["param_groups"])

@@ -1561,6 +1561,20 @@ class TestReading:
         final = [outputs[client_id][-1] for client_id in three]
         assert all(not torch.equal(final[0], other) for other in final[1:])
 
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_a_look_at_the_base_model_does_not_disturb_training(self, make_trained, make_trainer, three, parallel):
+        plain = make_trained(three, parallel_clients=parallel, gradient_accumulation_steps=2)
+        trainer = make_trainer(three, parallel_clients=parallel, gradient_accumulation_steps=2)
+
+        def look(trainer, **kwargs):
+            with trainer.model.disable_adapter(), torch.no_grad():
+                trainer.model(input_ids=torch.tensor([[3, 4, 5, 6]]))
+
+        look(trainer)
+        watch(trainer, on_step_end=look, on_round_begin=look, on_substep_end=look)
+        trainer.train()
+        assert max_difference(weights_of(plain), weights_of(trainer)) == 0
+
     def test_use_client_serves_a_training_client_as_it_is(self, make_trainer, three):
         trainer = make_trainer(three, parallel_clients=3, num_rounds=1)
         checked = []
