@@ -1,5 +1,7 @@
 """What is known of Trainers that `FederatedMixin` may stand before: what they need, and what they would do wrong."""
 
+import contextlib
+from collections.abc import Iterator
 from statistics import fmean
 from typing import Any
 
@@ -107,3 +109,16 @@ def take_running_metrics(trainer: Trainer) -> dict[str, float]:
     kept = trainer._metrics["eval"]
     # A count of what was trained on, not of what was evaluated.
     return {name: fmean(values) for name in list(kept) if name != "num_tokens" and (values := kept.pop(name))}
+
+
+@contextlib.contextmanager
+def running_metrics_aside(trainer: Trainer) -> Iterator[None]:
+    """Within this context a line is logged without them: a round's line must not take them from the training log."""
+    if _known_as(trainer, _RUNNING_METRICS) is None:
+        yield
+        return
+    metrics = trainer._metrics["train" if trainer.model.training else "eval"]
+    kept = metrics.copy()
+    metrics.clear()
+    yield
+    metrics.update(kept)

@@ -51,7 +51,7 @@ from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .evaluation import kept_in_precision
 from .model_card import make_model_card
-from .other_trainers import check_trainer, prepare_rows, take_running_metrics
+from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import is_transformed, merge_clients, rows_by_client
 from .peft_config import validate_peft_config
@@ -569,7 +569,8 @@ class FederatedMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs and self._progress.history and not self._keeps_trainer_loop:
             logs["train_loss"] = fmean(loss for entry in self._progress.history for loss in entry["losses"].values())
-        super().log(logs, start_time)
+        with running_metrics_aside(self) if "round" in logs else contextlib.nullcontext():
+            super().log(logs, start_time)
 
     # Under `local_epochs`, rounds differ in length, but the Trainer finds the epoch of a step by division.
     def _init_training_state(
@@ -1929,17 +1930,6 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         logits = model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False).logits
         log_probs, entropy, is_top1, mask = score_next_tokens(logits, inputs["labels"])
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
-
-    # TRL adds its running token metrics to whatever is logged next and starts them anew: a round's line must not take
-    # them from the training log.
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "round" not in logs:
-            return super().log(logs, start_time)
-        mode = "train" if self.model.training else "eval"
-        kept = self._metrics[mode].copy()
-        self._metrics[mode].clear()
-        super().log(logs, start_time)
-        self._metrics[mode].update(kept)
 
 
 # Loading rows

@@ -74,7 +74,7 @@ PRIVATE_NAMES = {
     ),
     "_skip_prepare_dataset": (SFTTrainer, None, "reads it to leave rows alone that are prepared"),
     "_formatting_func": (SFTTrainer, None, "reads it to prepare the rows passed to `evaluate`"),
-    "_metrics": (SFTTrainer, None, "sets it aside while a round's line is logged"),
+    "_metrics": (SFTTrainer, None, "sets it aside for a round's line, and takes what an evaluation kept in it"),
     "_active_adapter": (BaseTunerLayer, None, "sets it to switch one layer to another client"),
     "_name_or_path": (transformers.PreTrainedConfig, None, "reads it to name the base model"),
 }

@@ -65,6 +65,7 @@ def settings(config_class, tmp_path, **kwargs):
     values = {name: getattr(common, name) for name in names if name in fields}
     values |= {"bf16": False, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
     values |= {"dataloader_pin_memory": False, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    values["logging_steps"] = 1
     if "gradient_checkpointing" in fields:
         values["gradient_checkpointing"] = False
     return config_class(str(tmp_path / "out"), **{**values, **kwargs})
@@ -124,6 +125,10 @@ def test_every_client_learns_what_its_trainer_would_teach_it(kind, tmp_path):
         **common,
     )
     trainer.train()
+    # Metrics of a step are in its own line, and those of an evaluation are each client's.
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 4 and all("num_tokens" in line for line in lines)
+    assert all("num_tokens" not in line for line in trainer.state.log_history if "round" in line)
     for client_id, rows in data.items():
         args = settings(stock_config, tmp_path, num_train_epochs=1, **more)
         alone = stock(model=base_of(kind), args=args, train_dataset=rows, **{**common, "peft_config": adapter(kind)})
@@ -133,6 +138,8 @@ def test_every_client_learns_what_its_trainer_would_teach_it(kind, tmp_path):
         assert all(tensor.abs().max() > 1e-6 for tensor in trained.values())
         assert max_difference(trained, own) < 1e-6
     prepared = trainer.evaluate()
+    names = {key.removeprefix("eval_client_1_") for key in prepared if "client_1" in key} - {"loss"}
+    assert names and all(f"eval_{name}" in prepared and f"eval_client_0_{name}" in prepared for name in names)
     raw = trainer.evaluate(data)
     assert raw["eval_client_1_loss"] == pytest.approx(prepared["eval_client_1_loss"], abs=1e-6)
 
