@@ -94,7 +94,8 @@ class FederatedMixin:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Passed to the Trainer.
         args ([`FederatedConfig`]):
-            Arguments of the run.
+            Arguments of the run. A Trainer that reads a config of its own, as `DPOTrainer` does, needs a dataclass
+            derived from both: `class FederatedDPOConfig(DPOConfig, FederatedConfig)`.
         train_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Rows of the clients: a dictionary (or [`~datasets.DatasetDict`]) from client id to rows, or one dataset
             with a column `args.client_column`. One dataset without that column is one client.
@@ -384,7 +385,8 @@ class FederatedMixin:
     def use_client(self, client_id: str) -> Iterator[PeftModel]:
         """
         Within this context the model is the client's: the base with the shared A and the client's own B. A client that
-        is training at the moment is served as it is, mid-round.
+        is training at the moment is served as it is, mid-round. What the model's `save_pretrained` and `push_to_hub`
+        save is this client's adapter alone.
 
         Example:
 
