@@ -150,6 +150,25 @@ def adapter_parameters(model: PeftModel, adapter_name: str) -> dict[str, nn.Para
     }
 
 
+def refuse_tied(tensors: Mapping[str, torch.Tensor]) -> None:
+    """
+    Refuses an adapter with two tensors in the same memory.
+
+    Raises:
+        `ValueError`: there are two such tensors, so that what the server averages could be what a client keeps.
+    """
+    first_at: dict[int, str] = {}
+    for key in sorted(tensors):
+        first = first_at.setdefault(tensors[key].data_ptr(), key)
+        if first != key and tensors[key].numel():
+            raise ValueError(
+                f"`ensure_weight_tying=True` has made `{first}` and `{key}` one tensor. The adapter of a head is then "
+                "that of the embedding transposed, so A of the one is B of the other and a client's own tensor would "
+                "be sent to the server; and PEFT ties only the first of several adapters. Set "
+                "`ensure_weight_tying=False`, or leave the embedding out of `target_modules` and `modules_to_save`."
+            )
+
+
 def adapter_shapes(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int, ...]]:
     """
     Shapes of the tensors that an adapter of a config has on a base model, under the keys PEFT saves them with.

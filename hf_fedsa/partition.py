@@ -1,6 +1,7 @@
 """Rows to clients: IID, Dirichlet label skew, or a column that names the client."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -174,7 +175,7 @@ def _column(dataset: Dataset, column: str, name: str) -> list:
         raise ValueError(
             f"`{name}` has no column `{column}`, only: {', '.join(dataset.column_names)}. Name one of those."
         )
-    values = dataset.select_columns(column)[:][column]
+    values = dataset.with_format(None).select_columns(column)[:][column]
     if any(value is None for value in values):
         raise ValueError(
             f"Column `{column}` of `{name}` is null in row {values.index(None)}. Fill or drop such rows first."
@@ -233,11 +234,12 @@ def merge_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
 
     Raises:
         `TypeError`: a value is not a [`~datasets.Dataset`].
-        `ValueError`: a client has no rows, has a column of that name with other values, or has other columns than the
-            first client.
+        `ValueError`: a client has no rows, has a column of that name with other values, or has other columns or
+            another transform than the first client.
     """
     tagged = []
     first_id, features = None, None
+    formats: dict[str, dict[str, Any]] = {}
     for client_id, rows in clients.items():
         if not isinstance(rows, Dataset):
             raise TypeError(
@@ -262,8 +264,30 @@ def merge_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
                 f"Clients {first_id!r} and {client_id!r} differ in the columns {', '.join(differing)}, by name or by "
                 "type. Bring all clients to the same columns first, with `Dataset.select_columns` or `Dataset.cast`."
             )
+        formats[client_id] = rows.format
         tagged.append(rows.add_column(column, [client_id] * len(rows)))
-    return concatenate_datasets(tagged)
+    merged = concatenate_datasets(tagged)
+    if not any(map(is_transformed, clients.values())):
+        return merged
+    common = formats[first_id]
+    for client_id, own in formats.items():
+        if own != common:
+            raise ValueError(
+                f"The rows of client {client_id!r} have another transform than those of {first_id!r}, or only one of "
+                "them has one, but all rows are read as one dataset. Pass the same function to "
+                "`Dataset.with_transform` for every client, or apply it with `Dataset.map`."
+            )
+    # It goes on being given the columns that it knows, and not the one that was added.
+    return merged.with_transform(
+        common["format_kwargs"]["transform"],
+        columns=common["columns"],
+        output_all_columns=common["output_all_columns"],
+    )
+
+
+def is_transformed(rows: Any) -> bool:
+    """Whether what is read of a dataset is what a function makes of it (`Dataset.with_transform`)."""
+    return isinstance(rows, Dataset) and rows.format["type"] == "custom"
 
 
 def rows_by_client(dataset: Dataset, column: str, name: str) -> dict[str, list[int]]:

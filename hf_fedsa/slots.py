@@ -3,7 +3,9 @@
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +17,16 @@ from peft.tuners.vera import Linear as VeraLinear
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .parameters import Share, adapter_parameters, classify, clone_tensors, load_tensors, method_for
+from .parameters import (
+    Share,
+    adapter_parameters,
+    adapter_tensors,
+    classify,
+    clone_tensors,
+    load_tensors,
+    method_for,
+    refuse_tied,
+)
 
 # Initialisations that subtract the starting adapter from the base weight. They must run once, for the first slot.
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -67,19 +78,26 @@ class Slots:
         self.config = model.peft_config[first]
         self.method = method_for(self.config)
         self.names: tuple[str, ...] = (first, *(f"slot_{index}" for index in range(1, num_slots)))
+        refuse_tied(adapter_tensors(model, first))
         self.parameters: list[dict[str, nn.Parameter]] = [adapter_parameters(model, first)]
         modules_to_save = getattr(self.config, "modules_to_save", None)
         self.share_of: dict[str, Share] = {
             key: classify(key, self.method, modules_to_save, share_modules_to_save) for key in self.parameters[0]
         }
+        self._trained = {key for key, parameter in self.parameters[0].items() if parameter.requires_grad}
+        self._frozen: set[str] = set()
         for name in self.names[1:]:
             self.parameters.append(self._add_adapter(name))
-        # Names of the slots in use and their numbers of rows, or None in place of these for all rows.
-        self._active_rows: tuple[tuple[str, ...], tuple[int, ...] | None] | None = None
-        self._sequence_length: int | None = None
+        if num_slots > 1:
+            _save_one_client(model, self.names[1:])
+        model.__deepcopy__ = functools.partial(_copy_model, model)
+        self._routing = _Routing()
         if side_by_side:
             for module in _outermost_adapter_layers(model):
-                self._serve_side_by_side(module)
+                # Held as arguments, not closed over: a copy of the module then gets them copied along.
+                module.forward = functools.partial(
+                    _routed_forward, module, module.forward, _batched_forward_of(module), self._routing
+                )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -97,6 +115,27 @@ class Slots:
             parameters[key].data = first.data.clone()
             parameters[key].requires_grad_(first.requires_grad)
         return parameters
+
+    # What trains
+
+    def freeze(self, share: Share) -> None:
+        """Keeps the shared or the local tensors of every slot from training."""
+        self._frozen |= {key for key, other in self.share_of.items() if other == share}
+        self.keep_trained()
+
+    def keep_trained(self) -> None:
+        """
+        Lets slots train that were frozen as a whole, and keeps frozen what is to be.
+
+        PEFT's `set_adapter` freezes all adapters but one, which it lets train altogether. It is also called where
+        `disable_adapter` ends, so a look at the base model would end the training of every slot but the first.
+        """
+        for parameters in self.parameters:
+            if not any(parameter.requires_grad for parameter in parameters.values()):
+                for key in self._trained:
+                    parameters[key].requires_grad_(True)
+            for key in self._frozen:
+                parameters[key].requires_grad_(False)
 
     # Loading
 
@@ -129,53 +168,128 @@ class Slots:
                 Tokens per row. Lets layers that see rows and tokens flattened into one axis tell the rows apart.
         """
         names, counts = zip(*((self.names[slot], count) for slot, count in slot_rows), strict=True)
-        with self._routing(names, counts, sequence_length):
+        with self._set_routing(names, counts, sequence_length):
             yield
 
     @contextlib.contextmanager
     def whole_batches(self, slot: int) -> Iterator[None]:
         """Within this context all rows go through one slot, by the forward that serves several side by side."""
-        with self._routing((self.names[slot],), None, None):
+        with self._set_routing((self.names[slot],), None, None):
             yield
 
     @contextlib.contextmanager
-    def _routing(self, names, counts, sequence_length) -> Iterator[None]:
-        before = self._active_rows, self._sequence_length
-        self._active_rows, self._sequence_length = (names, counts), sequence_length
+    def _set_routing(self, names, counts, sequence_length) -> Iterator[None]:
+        routing = self._routing
+        before = routing.active_rows, routing.sequence_length
+        routing.active_rows, routing.sequence_length = (names, counts), sequence_length
         try:
             yield
         finally:
-            self._active_rows, self._sequence_length = before
+            routing.active_rows, routing.sequence_length = before
 
-    def _serve_side_by_side(self, module: nn.Module) -> None:
-        """Replaces `module.forward` on this instance by one that routes rows to slots while rows are set."""
-        original = module.forward
-        batched = _batched_forward_of(module)
 
-        def forward(x: torch.Tensor, *args, **kwargs):
-            if self._active_rows is None or module.disable_adapters:
-                return original(x, *args, **kwargs)
-            names, counts = self._active_rows
-            counts = self._counts_of(x, counts, module)
-            if batched is not None:
-                return batched(module, x, names, counts, *args, **kwargs)
-            return _forward_by_client(module, original, x, names, counts, *args, **kwargs)
+@dataclass
+class _Routing:
+    """
+    Which rows go through which slot, as all adapted layers of a model see it.
 
-        module.forward = forward
+    Args:
+        active_rows (`tuple`, *optional*):
+            Names of the slots in use and their numbers of rows, or `None` in place of these for all rows. Without it
+            PEFT's own forward runs.
+        sequence_length (`int`, *optional*):
+            Tokens per row, where that is known.
+    """
 
-    def _counts_of(self, x: torch.Tensor, counts: Sequence[int] | None, module: nn.Module) -> Sequence[int]:
+    active_rows: tuple[tuple[str, ...], tuple[int, ...] | None] | None = None
+    sequence_length: int | None = None
+
+    def __deepcopy__(self, memo) -> "_Routing":
+        return _Routing()  # A copy of the model is nobody's step, also if it is made within one.
+
+    def counts_of(self, x: torch.Tensor, counts: Sequence[int] | None, module: nn.Module) -> Sequence[int]:
         if counts is None or len(counts) == 1:
             return (x.shape[0],)
         num_rows = sum(counts)
         if x.shape[0] == num_rows:
             return counts
-        if self._sequence_length is not None and x.shape[0] == num_rows * self._sequence_length:
-            return [count * self._sequence_length for count in counts]
+        if self.sequence_length is not None and x.shape[0] == num_rows * self.sequence_length:
+            return [count * self.sequence_length for count in counts]
         raise ValueError(
             f"A {type(module).__name__} layer received an input of shape {tuple(x.shape)} for a batch of {num_rows} "
             "rows, so its rows cannot be told apart by client (layers that route tokens, such as mixture-of-experts, "
             "do this). Set `parallel_clients=1` to train the clients one after the other."
         )
+
+
+def _routed_forward(
+    module: nn.Module,
+    original: Callable[..., torch.Tensor],
+    batched: BatchedForward | None,
+    routing: _Routing,
+    x: torch.Tensor,
+    *args,
+    **kwargs,
+) -> torch.Tensor:
+    """Stands for `module.forward`: routes rows to slots while rows are set."""
+    if routing.active_rows is None or module.disable_adapters:
+        return original(x, *args, **kwargs)
+    names, counts = routing.active_rows
+    counts = routing.counts_of(x, counts, module)
+    if batched is not None:
+        return batched(module, x, names, counts, *args, **kwargs)
+    return _forward_by_client(module, original, x, names, counts, *args, **kwargs)
+
+
+# The model as users are handed it
+
+
+def _save_one_client(model: PeftModel, others: Sequence[str]) -> None:
+    """
+    Makes `model.save_pretrained`, and `push_to_hub` which calls it, leave out the slots named in `others`.
+
+    PEFT saves all adapters unless told otherwise, and what lies in these slots is other clients' B.
+    """
+    model.save_pretrained = functools.partial(_save_pretrained, model, model.save_pretrained, tuple(others))
+
+
+def _save_pretrained(
+    model: PeftModel,
+    original: Callable[..., None],
+    others: Sequence[str],
+    save_directory: str,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    *args,
+    **kwargs,
+) -> None:
+    if selected_adapters is None:
+        selected_adapters = [name for name in model.peft_config if name not in others]
+    refused = sorted(set(selected_adapters) & set(others))
+    if refused:
+        raise ValueError(
+            f"`selected_adapters` names {refused[0]!r}, which holds whichever client last trained there. To save a "
+            "certain client, call `save_pretrained` within `trainer.use_client(client_id)`; `trainer.save_model` "
+            "saves all of them."
+        )
+    original(save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+
+def _copy_model(model: PeftModel, memo: dict[int, Any]) -> PeftModel:
+    """
+    A deep copy that computes with its own weights.
+
+    TRL puts a function in place of the base model's `forward` that closes over the original's, and `deepcopy` takes
+    functions over as they are. The copy gets the forward of its class.
+    """
+    copied = type(model).__new__(type(model))
+    memo[id(model)] = copied
+    copied.__setstate__(copy.deepcopy(model.__dict__, memo))
+    base = copied.get_base_model()
+    replaced = base.__dict__.get("forward")
+    if inspect.unwrap(getattr(replaced, "__func__", replaced)) is inspect.unwrap(type(base).forward):
+        del base.forward
+    return copied
 
 
 def _outermost_adapter_layers(module: nn.Module) -> Iterator[nn.Module]:

@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -38,7 +37,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -47,14 +46,18 @@ from . import hub
 from .aggregation import WeightedMean
 from .base_layers import GradientProbe, keep_layout
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
+from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .data import rows_of
+from .evaluation import kept_in_precision
 from .model_card import make_model_card
+from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
-from .partition import merge_clients, rows_by_client
+from .partition import is_transformed, merge_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
-from .slots import SlotRows, Slots, mutates_base, take_rows
+from .slots import SlotRows, Slots, mutates_base
 from .state import (
     STATE_FOLDER,
     CheckpointError,
@@ -91,7 +94,8 @@ class FederatedMixin:
         model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Passed to the Trainer.
         args ([`FederatedConfig`]):
-            Arguments of the run.
+            Arguments of the run. A Trainer that reads a config of its own, as `DPOTrainer` does, needs a dataclass
+            derived from both: `class FederatedDPOConfig(DPOConfig, FederatedConfig)`.
         train_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`):
             Rows of the clients: a dictionary (or [`~datasets.DatasetDict`]) from client id to rows, or one dataset
             with a column `args.client_column`. One dataset without that column is one client.
@@ -140,7 +144,7 @@ class FederatedMixin:
             )
         if self._names_clients and isinstance(eval_dataset, Mapping):
             # A split in the training set's proportions may leave small clients without evaluation rows.
-            eval_dataset = {client_id: rows for client_id, rows in eval_dataset.items() if len(rows)}
+            eval_dataset = {c: rows for c, rows in eval_dataset.items() if not isinstance(rows, Dataset) or len(rows)}
         if self._names_clients and eval_dataset is not None:
             eval_dataset = _as_one_dataset(eval_dataset, args, name="eval_dataset")
             self._check_eval_clients(eval_dataset, args)
@@ -152,6 +156,7 @@ class FederatedMixin:
         single = len(self.client_ids) == 1
         num_slots = _num_slots(args, len(self.client_ids))
         self._keeps_trainer_loop = single and args.local_steps is None and args.local_epochs in (None, 1)
+        check_trainer(self, args, model, len(self.client_ids), num_slots)
         if self._names_clients or not self._keeps_trainer_loop:
             _refuse_packing(args)
         if not self._keeps_trainer_loop:
@@ -332,9 +337,8 @@ class FederatedMixin:
             self._initial_local = {key: origin.local[key].to(t.dtype) for key, t in self._initial_local.items()}
         self._slots.load(0, self._initial_shared, self._initial_local)
         self._trains_shared = train_shared
-        for slot in range(len(self._slots)):
-            for parameter in self._slots.select(slot, "shared").values():
-                parameter.requires_grad_(train_shared)
+        if not train_shared:
+            self._slots.freeze("shared")
         self._origin = {
             "shared_sha256": tensors_sha256(origin.shared),
             "rounds_done": origin.federation["rounds_done"],
@@ -381,7 +385,8 @@ class FederatedMixin:
     def use_client(self, client_id: str) -> Iterator[PeftModel]:
         """
         Within this context the model is the client's: the base with the shared A and the client's own B. A client that
-        is training at the moment is served as it is, mid-round.
+        is training at the moment is served as it is, mid-round. What the model's `save_pretrained` and `push_to_hub`
+        save is this client's adapter alone.
 
         Example:
 
@@ -566,7 +571,8 @@ class FederatedMixin:
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs and self._progress.history and not self._keeps_trainer_loop:
             logs["train_loss"] = fmean(loss for entry in self._progress.history for loss in entry["losses"].values())
-        super().log(logs, start_time)
+        with running_metrics_aside(self) if "round" in logs else contextlib.nullcontext():
+            super().log(logs, start_time)
 
     # Under `local_epochs`, rounds differ in length, but the Trainer finds the epoch of a step by division.
     def _init_training_state(
@@ -622,6 +628,7 @@ class FederatedMixin:
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         self._step_losses = []
+        self._slots.keep_trained()
         if self._keeps_trainer_loop:
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._add_loss(0, loss)
@@ -641,7 +648,7 @@ class FederatedMixin:
             for slot, part in _split_rows(inputs, slot_rows):
                 # Losses that are not normalised by a count of items are averaged over the client's own micro-batches.
                 self.current_gradient_accumulation_steps = self._step_batches[slot]
-                with self._serving(((slot, _num_rows(part)),), part):
+                with self._serving(((slot, dict(slot_rows)[slot]),), part):
                     client_loss = super().training_step(model, part, self._step_items[slot])
                 self._add_loss(slot, client_loss)
             self.current_gradient_accumulation_steps = accumulation_steps
@@ -770,6 +777,7 @@ class FederatedMixin:
     # Optimizer and schedule
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        self._slots.keep_trained()  # The Trainer takes what trains.
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self._fresh_optimizer_groups is None:
             self._fresh_optimizer_groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
@@ -948,6 +956,9 @@ class FederatedMixin:
             self._finish_current_push()
             self._push_progress()
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
+        for slot in range(1, len(self._slots)):
+            # Whatever is made of the model's state dict, it does not hold the B of the clients that came last.
+            self._slots.load(slot, self._broadcast(), self._initial_local)
 
     def _current_round(self) -> Round:
         if self._keeps_trainer_loop:
@@ -1173,7 +1184,7 @@ class FederatedMixin:
 
         Returns:
             `dict[str, float]`: `eval_<client_id>_loss` for every client, and `eval_loss`, their mean; likewise for
-            metrics of `compute_metrics`.
+            metrics of `compute_metrics` and those that TRL's trainers log, such as `mean_token_accuracy`.
         """
         own_rows = metric_key_prefix == "eval" and (eval_dataset is None or isinstance(eval_dataset, str))
         if not self._names_clients:
@@ -1203,6 +1214,7 @@ class FederatedMixin:
         num_samples = num_steps = 0
         mine = list(datasets)[self.args.process_index :: self.args.world_size]
         outputs: dict[str, tuple[dict[str, Any], int]] = {}
+        take_running_metrics(self)  # Of whatever was computed in evaluation mode before, as by `predict`.
         for client_id in mine:
             with self._alone(), self.use_client(client_id):
                 output = self.evaluation_loop(
@@ -1212,7 +1224,9 @@ class FederatedMixin:
                     ignore_keys=ignore_keys,
                     metric_key_prefix=f"{metric_key_prefix}_{client_id}",
                 )
-            outputs[client_id] = output.metrics, output.num_samples
+            running = take_running_metrics(self)
+            own = {f"{metric_key_prefix}_{client_id}_{name}": value for name, value in running.items()}
+            outputs[client_id] = {**output.metrics, **own}, output.num_samples
         if self.args.world_size > 1:
             outputs = {client_id: output for part in gather_object([outputs]) for client_id, output in part.items()}
         for client_id in datasets:
@@ -1238,6 +1252,24 @@ class FederatedMixin:
         metrics.update(speed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        casts = self.args.bf16_full_eval or self.args.fp16_full_eval
+        with kept_in_precision(self.model) if casts else contextlib.nullcontext():
+            return super().evaluation_loop(
+                dataloader,
+                description,
+                prediction_loss_only=prediction_loss_only,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps the metrics of clients for the model card."""
@@ -1266,7 +1298,7 @@ class FederatedMixin:
 
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         """Does to rows what the Trainer's constructor does, such as tokenizing them."""
-        return dataset
+        return prepare_rows(self, dataset)
 
     # Saving
 
@@ -1748,8 +1780,11 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         args = _as_federated_config(args, model)
         if not isinstance(model, PeftModel):
             validate_peft_config(peft_config)
+        _refuse_transforms_to_prepare(args, train_dataset, eval_dataset)
         if train_dataset is None:
             raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+        if not isinstance(model, PeftModel):
+            refuse_new_tokens(model, args, processing_class)
         if isinstance(model, str) and isinstance(train_dataset, Mapping) and formatting_func is None:
             _check_completions_fit(train_dataset, args, model, processing_class)
 
@@ -1898,17 +1933,6 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         log_probs, entropy, is_top1, mask = score_next_tokens(logits, inputs["labels"])
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
-    # TRL adds its running token metrics to whatever is logged next and starts them anew: a round's line must not take
-    # them from the training log.
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "round" not in logs:
-            return super().log(logs, start_time)
-        mode = "train" if self.model.training else "eval"
-        kept = self._metrics[mode].copy()
-        self._metrics[mode].clear()
-        super().log(logs, start_time)
-        self._metrics[mode].update(kept)
-
 
 # Loading rows
 
@@ -1925,6 +1949,8 @@ class _SlotDataset(torch.utils.data.Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
         if not keys:
             return []
+        if is_transformed(self.dataset):
+            return self._by_client(keys)  # A transform is given a batch, and must not see that of another client.
         try:
             rows = self.dataset.__getitems__([row for _, row in keys])
         except Exception:  # Whatever reading raises, it must not take the other clients with it.
@@ -2011,16 +2037,16 @@ class _Replay:
         return self.outputs
 
 
-def _num_rows(inputs: Mapping[str, Any]) -> int:
-    return next(value.shape[0] for value in inputs.values() if isinstance(value, torch.Tensor) and value.dim())
-
-
 def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each slot's part of a batch: its rows of every tensor that has one entry per row, all else as it is."""
+    """Each slot's part of a batch. All of it, if it is one client's."""
+    entries = {key: value for key, value in inputs.items() if key != "slot_rows"}
+    if len(slot_rows) == 1:
+        yield slot_rows[0][0], entries
+        return
     total = sum(count for _, count in slot_rows)
     start = 0
     for slot, count in slot_rows:
-        yield slot, {key: take_rows(value, start=start, count=count, total=total) for key, value in inputs.items()}
+        yield slot, {key: rows_of(value, key, start, count, total) for key, value in entries.items()}
         start += count
 
 
@@ -2106,6 +2132,20 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
     return dataset
 
 
+def _refuse_transforms_to_prepare(args: FederatedConfig, *datasets: Any) -> None:
+    if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        return
+    parts = [part for rows in datasets for part in (rows.values() if isinstance(rows, Mapping) else (rows,))]
+    # Rows with images are left as they are.
+    if any(is_transformed(part) and len(part) and not {"image", "images"} & set(part[0]) for part in parts):
+        raise ValueError(
+            "A dataset uses `Dataset.with_transform`, which is applied to rows as they are read, but rows are "
+            "tokenized once before training. Pass `dataset_kwargs={'skip_prepare_dataset': True}` (with "
+            "`remove_unused_columns=False`) and let the transform return token ids and labels, or apply it with "
+            "`Dataset.map`."
+        )
+
+
 def _check_completions_fit(
     clients: Mapping[str, Any], args: FederatedConfig, model: str, processing_class: Any
 ) -> None:
@@ -2117,19 +2157,24 @@ def _check_completions_fit(
     """
     if args.max_length is None or args.truncation_mode != "keep_start" or args.completion_only_loss is False:
         return
-    tokenizer = processing_class
+    tokenizer, template = processing_class, chat_template_at(args.chat_template_path)
     for client_id, rows in clients.items():
         if not isinstance(rows, Dataset) or not {"prompt", "completion"} <= set(rows.column_names):
             continue
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        if not any(_num_prompt_tokens(tokenizer, row["prompt"]) < args.max_length for row in rows):
+        if is_transformed(rows):
+            continue
+        tokenizer = load_tokenizer(model, args, tokenizer)
+        if not any(_num_prompt_tokens(tokenizer, row["prompt"], template) < args.max_length for row in rows):
             raise ValueError(_EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=args.max_length))
 
 
-def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]]) -> int:
+def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], chat_template: str | None) -> int:
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
-    return len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    tokens = tokenizer.apply_chat_template(
+        prompt, chat_template=chat_template, add_generation_prompt=True, return_dict=True
+    )
+    return len(tokens["input_ids"])
 
 
 def _check_federation_size(args: FederatedConfig, num_clients: int) -> None:

@@ -158,6 +158,30 @@ class TestClients:
         streamed = IterableDataset.from_generator(lambda: iter([{"text": "the", "client_id": "client_0"}]))
         refuses(TypeError, "`eval_dataset` is an `IterableDataset`", "no length", eval_dataset=streamed)
 
+    def test_streamed_eval_datasets_of_clients(self, refuses):
+        streamed = IterableDataset.from_generator(lambda: iter([{"text": "the"}]))
+        refuses(TypeError, "client 'client_0'", "got `Iterable", "no length", eval_dataset={"client_0": streamed})
+
+    @pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+    def test_a_transform_of_rows_that_are_to_be_tokenized(self, refuses, rows, name):
+        transformed = {client_id: part.with_transform(dict) for client_id, part in rows.items()}
+        refuses(ValueError, "`Dataset.with_transform`", "skip_prepare_dataset", "`Dataset.map`", **{name: transformed})
+
+    @pytest.mark.parametrize("other", [None, lambda batch: batch], ids=["none", "another"])
+    def test_transforms_that_differ(self, refuses, rows, other):
+        data = {"a": rows["client_0"].with_transform(dict), "b": rows["client_1"]}
+        data["b"] = data["b"] if other is None else data["b"].with_transform(other)
+        settings = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+        for train_dataset in (data, dict(reversed(data.items()))):
+            refuses(
+                ValueError,
+                "another transform than those of",
+                "same function",
+                "map`",
+                **settings,
+                train_dataset=train_dataset,
+            )
+
     def test_a_renamed_column_that_is_missing(self, refuses):
         refuses(
             ValueError,

@@ -202,3 +202,14 @@ class TestProbe:
         with pytest.raises(RuntimeError, match="pass no gradient"):
             trainer.train()
         assert trainer.state.global_step == 1
+
+
+def test_evaluating_in_half_precision_leaves_a_quantized_model_as_it_was(base_dir, tmp_path):
+    trainer = make_trainer(load_base(base_dir), tmp_path, bf16_full_eval=True)
+    before = {key: tensor.clone() for key, tensor in trainer.model.state_dict().items()}
+    half = trainer.evaluate()["eval_loss"]
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[key], tensor) and after[key].dtype == tensor.dtype for key, tensor in before.items())
+    trainer.args.bf16_full_eval = False
+    full = trainer.evaluate()["eval_loss"]
+    assert half != full and half == pytest.approx(full, rel=0.05)

@@ -14,10 +14,11 @@ import peft.import_utils
 import pytest
 import torch
 import transformers
+import trl
 from accelerate.data_loader import skip_first_batches
 from conftest import make_args, make_lora, make_model, make_rows
 from datasets import Dataset
-from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -29,7 +30,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer
+from hf_fedsa import FederatedTrainer, chat_template, other_trainers
 from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
@@ -73,7 +74,7 @@ PRIVATE_NAMES = {
     ),
     "_skip_prepare_dataset": (SFTTrainer, None, "reads it to leave rows alone that are prepared"),
     "_formatting_func": (SFTTrainer, None, "reads it to prepare the rows passed to `evaluate`"),
-    "_metrics": (SFTTrainer, None, "sets it aside while a round's line is logged"),
+    "_metrics": (SFTTrainer, None, "sets it aside for a round's line, and takes what an evaluation kept in it"),
     "_active_adapter": (BaseTunerLayer, None, "sets it to switch one layer to another client"),
     "_name_or_path": (transformers.PreTrainedConfig, None, "reads it to name the base model"),
 }
@@ -149,6 +150,25 @@ def test_a_model_that_is_marked_as_prepared_is_not_wrapped():
 @pytest.mark.parametrize("name", ["gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader"])
 def test_what_is_left_out_when_a_process_computes_alone_exists(name):
     assert callable(getattr(accelerate.Accelerator, name, None)), f"Accelerator.{name} is gone, see `_COLLECTIVES`."
+
+
+@pytest.mark.parametrize("trainer", [trl.DPOTrainer, trl.KTOTrainer, trl.RewardTrainer])
+def test_preference_trainers_prepare_rows_by_these_arguments(trainer):
+    parameters = list(inspect.signature(trainer._prepare_dataset).parameters)
+    assert parameters == ["self", "dataset", "processing_class", "args", "dataset_name"], (
+        "hf_fedsa prepares the rows passed to `evaluate` with it."
+    )
+
+
+@pytest.mark.parametrize(("name", "config"), other_trainers._CONFIG_OF.items())
+def test_what_is_known_of_other_trainers_is_known_by_their_names(name, config):
+    origin = transformers if name == "Seq2SeqTrainer" else trl
+    assert getattr(origin, name).__name__ == name and getattr(origin, config).__name__ == config
+
+
+@pytest.mark.parametrize("name", other_trainers._GENERATE_ROWS)
+def test_trainers_that_keep_generated_rows_are_known_by_their_names(name):
+    assert "self._buffered_inputs" in inspect.getsource(getattr(trl, name)._prepare_inputs)
 
 
 def test_upstream_pushes_by_keywords():
@@ -830,6 +850,20 @@ def test_the_fused_head_scores_tokens_as_the_plain_logits_do(tokenizer, tmp_path
     )
 
 
+def test_the_fused_head_is_a_wrapper_of_the_classes_forward_on_the_instance(tokenizer, tmp_path):
+    base = make_sft(tokenizer, tmp_path).model.get_base_model()
+    assert inspect.unwrap(base.__dict__["forward"].__func__) is inspect.unwrap(type(base).forward), (
+        "hf_fedsa takes TRL's forward off a copy of the model, which would compute with the original's weights."
+    )
+
+
+def test_a_cloned_chat_template_fills_the_vocabulary_up():
+    default = inspect.signature(trl.clone_chat_template).parameters["resize_to_multiple_of"].default
+    assert default == chat_template._VOCABULARY_MULTIPLE, (
+        "hf_fedsa says before the model loads whether a chat template adds tokens."
+    )
+
+
 def test_model_tags_come_from_the_class_attribute(tokenizer, tmp_path):
     class Tagged(SFTTrainer):
         _tag_names = ["some-tag"]
@@ -883,6 +917,13 @@ def test_a_layer_is_switched_by_its_active_adapter_without_freezing_the_others(c
         expected = model(input_ids=ids).logits
     assert not torch.allclose(first, expected)
     assert torch.equal(switched, expected), "hf_fedsa switches a layer to a client by setting `_active_adapter`."
+
+
+def test_all_adapters_are_saved_unless_some_are_named():
+    parameters = list(inspect.signature(PeftModel.save_pretrained).parameters)
+    assert parameters[1:4] == ["save_directory", "safe_serialization", "selected_adapters"], (
+        "hf_fedsa passes the third one, so that a model handed to a user saves one client."
+    )
 
 
 def test_set_adapter_freezes_the_adapter_it_leaves():

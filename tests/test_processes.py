@@ -82,7 +82,8 @@ def test_the_weights_of_one_process(tmp_path, processes, arguments):
             assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
         for name in ("train_loss", "train_samples"):
             assert also_told["run"][name] == pytest.approx(told["run"][name], rel=1e-2)
-        losses = {key: value for key, value in told["metrics"].items() if key.endswith("_loss")}
+        assert {f"eval_{client_id}_mean_token_accuracy" for client_id in CLIENTS} <= told["metrics"].keys()
+        losses = {key: value for key, value in told["metrics"].items() if key.endswith(("_loss", "_entropy"))}
         assert {key: also_told["metrics"][key] for key in losses} == pytest.approx(losses, abs=1e-5)
     saved = [sorted(p.relative_to(f).as_posix() for p in f.rglob("adapter_*")) for f in tmp_path.glob("*")]
     assert saved[0] == saved[1] and len(saved[0]) == 2 * (len(CLIENTS) + 1)

@@ -873,3 +873,24 @@ def test_low_rank_products_are_computed_in_the_precision_of_the_adapter():
         found = layer(x)
     with torch.no_grad():
         assert relative_difference(found, layer(x)) < 1e-14
+
+
+# Tied adapters
+
+TIED_TARGETS = {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}
+TIED_HEADS = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+
+
+@pytest.mark.parametrize("num_slots", [1, 2])
+@pytest.mark.parametrize("tied", [TIED_TARGETS, TIED_HEADS], ids=["transposed", "the same"])
+def test_an_adapter_of_a_head_tied_to_that_of_the_embedding_is_refused(tied, num_slots):
+    model = get_peft_model(base_llama(tie_word_embeddings=True), lora(**tied))
+    with pytest.raises(ValueError, match="made `.*lm_head.*` and `.*embed_tokens.*` one tensor.*tying=False`"):
+        Slots(model, num_slots)
+
+
+def test_without_tied_words_the_option_changes_nothing():
+    with pytest.warns(UserWarning, match="no tied modules were found"):
+        model = get_peft_model(base_llama(), lora(**TIED_TARGETS))
+        made = Slots(model, 2)
+    assert not any("lm_head" in key for key in made.share_of)

@@ -341,6 +341,31 @@ class TestFormsOfTheDataset:
         assert all(has_trained(trainer, client_id) for client_id in unequal)
         assert len(logged(trainer, "eval_client_2_loss")) == 1
 
+    @pytest.mark.parametrize("form", [as_dict, as_one_dataset], ids=lambda form: form.__name__)
+    def test_a_transform_is_applied_to_the_rows_of_one_client_at_a_time(self, make_trained, unequal, tokenizer, form):
+        def tokenize(batch):
+            seen.append(batch)
+            ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in batch["text"]]
+            return {"input_ids": ids, "labels": ids}
+
+        seen = []
+        raw = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+        settings = {"num_rounds": 1, "train_sampling_strategy": "sequential", "optim": "sgd", "learning_rate": 0.1}
+        data = form(unequal)
+        if isinstance(data, dict):
+            data = {client_id: rows.with_transform(tokenize) for client_id, rows in data.items()}
+        else:
+            data = data.with_transform(tokenize)
+        trainer = make_trained(data, eval_dataset=data, **raw, **settings)
+        plain = make_trained(form(unequal), eval_dataset=form(unequal), **settings)
+        assert max_difference(weights_of(trainer), weights_of(plain)) < 1e-6
+        losses = [t.evaluate()["eval_client_2_loss"] for t in (trainer, plain)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        owner = {text: client_id for client_id, rows in unequal.items() for text in rows["text"]}
+        assert len(seen) > 9 and all(len({owner[text] for text in batch["text"]}) == 1 for batch in seen)
+        if form is as_dict:
+            assert all(batch.keys() == {"text"} for batch in seen)
+
     def test_the_client_column_can_be_renamed(self, make_trained, unequal):
         data = as_one_dataset(unequal, column="hospital")
         trainer = make_trained(data, eval_dataset=data, client_column="hospital", num_rounds=1)
@@ -1091,6 +1116,23 @@ class TestEvaluate:
         assert metrics["eval_loss"] == pytest.approx(np.mean([metrics[f"eval_{c}_loss"] for c in held_out]))
         assert {"eval_runtime", "eval_samples_per_second"} <= metrics.keys()
 
+    def test_metrics_of_trl_are_per_client_and_averaged(self, trainer, held_out, tokenizer):
+        trainer.predict(trainer.eval_dataset["client_2"].select([0]))  # Keeps metrics that are no client's here.
+        metrics = trainer.evaluate()
+        for client_id, rows in held_out.items():
+            right = []
+            for text in rows["text"]:
+                ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+                with trainer.use_client(client_id) as model, torch.no_grad():
+                    right += (model(input_ids=ids).logits[0, :-1].argmax(-1) == ids[0, 1:]).tolist()
+            assert metrics[f"eval_{client_id}_mean_token_accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+        for name in ("mean_token_accuracy", "entropy"):
+            values = [metrics[f"eval_{client_id}_{name}"] for client_id in held_out]
+            assert len(set(values)) == 3 and metrics[f"eval_{name}"] == pytest.approx(np.mean(values))
+            assert trainer.state.log_history[-1][f"eval_{name}"] == metrics[f"eval_{name}"]
+        assert trainer.evaluate("client_1")["eval_entropy"] == metrics["eval_client_1_entropy"]
+        assert trainer.evaluate(held_out, metric_key_prefix="test")["test_entropy"] == metrics["eval_entropy"]
+
     def test_a_client_id_evaluates_that_client_alone(self, trainer):
         everyone, one = trainer.evaluate(), trainer.evaluate("client_1")
         assert one["eval_client_1_loss"] == one["eval_loss"] == pytest.approx(everyone["eval_client_1_loss"])
@@ -1114,6 +1156,24 @@ class TestEvaluate:
         before = weights_of(trainer)
         trainer.evaluate()
         assert max_difference(before, weights_of(trainer)) == 0
+
+    @pytest.mark.parametrize("setting", ["bf16_full_eval", "fp16_full_eval"])
+    @pytest.mark.parametrize("named", [True, False], ids=["clients", "one client"])
+    def test_evaluating_in_half_precision_rounds_nothing_for_good(self, make_trainer, three, setting, named):
+        rows = three if named else three["client_0"]
+        plain = make_trainer(rows, eval_dataset=rows, num_rounds=1)
+        trainer = make_trainer(rows, eval_dataset=rows, num_rounds=1, **{setting: True})
+        before = copy.deepcopy(trainer.model.state_dict())
+        half, full = trainer.evaluate()["eval_loss"], plain.evaluate()["eval_loss"]
+        assert half != full and half == pytest.approx(full, abs=0.05)
+        trainer.predict(trainer.eval_dataset["client_0"] if named else trainer.eval_dataset)
+        trainer.train()
+        plain.train()
+        trainer.evaluate()
+        after, expected = trainer.model.state_dict(), plain.model.state_dict()
+        assert {tensor.dtype for tensor in before.values()} == {tensor.dtype for tensor in after.values()}
+        assert max_difference(after, expected) == 0 and max_difference(before, after) > 0
+        assert max_difference(weights_of(trainer), weights_of(plain)) == 0
 
     def test_new_rows_of_an_unknown_client_are_refused(self, trainer):
         with pytest.raises(ValueError, match="rows of 'stranger'.*`eval_unseen_clients=True`"):
@@ -1427,13 +1487,14 @@ class TestCallbacks:
         rates = logged(trainer, "learning_rate")
         assert rates[3:5] == pytest.approx([5e-3, 2.5e-3])
 
-    def test_early_stopping_ends_the_run_between_rounds(self, make_trained, three):
+    @pytest.mark.parametrize("metric", ["eval_loss", "eval_mean_token_accuracy"])
+    def test_early_stopping_ends_the_run_between_rounds(self, make_trained, three, metric):
         trainer = make_trained(
             three,
             eval_dataset=three,
             eval_strategy="epoch",
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
+            metric_for_best_model=metric,
+            greater_is_better=metric != "eval_loss",
             callbacks=[EarlyStoppingCallback(early_stopping_patience=1, early_stopping_threshold=100.0)],
             num_rounds=5,
         )
@@ -1499,6 +1560,20 @@ class TestReading:
         assert max_difference(weights_of(plain), weights_of(trainer)) == 0
         final = [outputs[client_id][-1] for client_id in three]
         assert all(not torch.equal(final[0], other) for other in final[1:])
+
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_a_look_at_the_base_model_does_not_disturb_training(self, make_trained, make_trainer, three, parallel):
+        plain = make_trained(three, parallel_clients=parallel, gradient_accumulation_steps=2)
+        trainer = make_trainer(three, parallel_clients=parallel, gradient_accumulation_steps=2)
+
+        def look(trainer, **kwargs):
+            with trainer.model.disable_adapter(), torch.no_grad():
+                trainer.model(input_ids=torch.tensor([[3, 4, 5, 6]]))
+
+        look(trainer)
+        watch(trainer, on_step_end=look, on_round_begin=look, on_substep_end=look)
+        trainer.train()
+        assert max_difference(weights_of(plain), weights_of(trainer)) == 0
 
     def test_use_client_serves_a_training_client_as_it_is(self, make_trainer, three):
         trainer = make_trainer(three, parallel_clients=3, num_rounds=1)
@@ -1792,6 +1867,24 @@ class TestClassifier:
         data = {f"client_{i}": labelled_rows(i) for i in range(3)}
         with pytest.raises(ValueError, match="data collator made a batch of 6 rows into.*12.*`parallel_clients=1`"):
             make(data, collator=Doubling(tokenizer), parallel_clients=3)
+
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_entries_that_are_no_tensors_are_divided_by_client_too(self, make, tokenizer, monkeypatch, parallel):
+        class Texts(DataCollatorWithPadding):
+            def __call__(self, features):
+                texts = [str(row["input_ids"]) for row in features]
+                return {**super().__call__(features), "texts": texts, "more": {"array": np.array(texts)}}
+
+        def compute_loss(trainer, model, inputs, **kwargs):
+            texts, more = inputs.pop("texts"), inputs.pop("more")
+            assert texts == list(more["array"]) == [str(ids) for ids in inputs["input_ids"].tolist()]
+            seen.append(len(texts))
+            return super(FederatedClassifier, trainer).compute_loss(model, inputs, **kwargs)
+
+        seen = []
+        monkeypatch.setattr(FederatedClassifier, "compute_loss", compute_loss, raising=False)
+        make({f"client_{i}": labelled_rows(i) for i in range(3)}, collator=Texts(tokenizer), parallel_clients=parallel)
+        assert seen == [2] * 18
 
     def test_it_is_right_for_one_client_at_a_time(self, make, tokenizer):
         data = {f"client_{i}": labelled_rows(i) for i in range(3)}
