@@ -74,6 +74,7 @@ from .state import (
     write_safetensors,
     write_text,
 )
+from .trackers import args_of_push_event, refuse_uploads_of_clients
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,12 @@ class FederatedMixin:
                     token=args.hub_token,
                     revision=args.hub_revision,
                 )
+        if self._names_clients:
+            refuse_uploads_of_clients(
+                args,
+                callbacks,
+                lambda: args.hub_clients is not None and len(self._published_clients(args)) == len(self.client_ids),
+            )
         self._client_sampler = client_sampler or functools.partial(self._sample_clients, args)
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
         self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
@@ -1586,7 +1593,10 @@ class FederatedMixin:
     ) -> CommitInfo | Future[CommitInfo]:
         """Publishes a folder that was just saved."""
         args = self.args
-        self.callback_handler.on_push_begin(args, self.state, self.control)
+        private = private if private is not None else args.hub_private_repo
+        all_named = args.hub_name_clients or not self._names_clients
+        event_args = args_of_push_event(args, private=private, all_named=all_named)
+        self.callback_handler.on_push_begin(event_args, self.state, self.control)
         saved = hub.read_saved(directory)
         saved.pushed = self._pushed
         push = functools.partial(
@@ -1596,7 +1606,7 @@ class FederatedMixin:
             clients=clients if clients is not None else self._published_clients(args),
             client_repositories=args.hub_client_repositories,
             name_clients=args.hub_name_clients,
-            private=private if private is not None else args.hub_private_repo,
+            private=private,
             token=token if token is not None else args.hub_token,
             revision=revision,
             commit_message=commit_message,

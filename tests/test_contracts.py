@@ -24,13 +24,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils as integrations
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer, chat_template, other_trainers
+from hf_fedsa import FederatedTrainer, chat_template, other_trainers, trackers
 from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
@@ -1097,3 +1098,42 @@ def test_bitsandbytes_packs_for_inference_by_these_names():
     assert torch.equal(unpacked, weight) and state.packing_format_for_cpu is False and state.dtype == torch.float32, (
         "hf_fedsa.base_layers takes packed layers back by this function"
     )
+
+
+# Trackers
+
+
+def overriding(event):
+    callbacks = integrations.INTEGRATION_TO_CALLBACK.items()
+    return {name for name, kind in callbacks if getattr(kind, event) is not getattr(TrainerCallback, event)}
+
+
+def test_trackers_that_can_upload_are_known():
+    """`trackers.py` refuses or stills those that upload what holds clients. A new one needs a rule there."""
+    known = set(trackers._UPLOADERS)
+    assert overriding("on_push_begin") == {"trackio"}
+    assert overriding("on_save") - known == {"trackio", "swanlab"}, "these two upload nothing on this event"
+    uploading = {
+        name
+        for name, kind in integrations.INTEGRATION_TO_CALLBACK.items()
+        if re.search(r"output_dir|fake_trainer|log_artifact|upload", inspect.getsource(kind.on_train_end))
+    }
+    assert uploading - known == set()
+
+
+@pytest.mark.parametrize(
+    ("callback", "relied_on"),
+    [
+        (integrations.TrackioCallback.on_push_begin, "args.trackio_static_space_id is False"),
+        (integrations.WandbCallback.__init__, 'os.getenv("WANDB_LOG_MODEL", "false")'),
+        (integrations.CometCallback.setup, 'os.getenv("COMET_LOG_ASSETS", "FALSE")'),
+        (integrations.MLflowCallback.setup, 'os.getenv("HF_MLFLOW_LOG_ARTIFACTS", "FALSE")'),
+        (integrations.DagsHubCallback.setup, 'os.getenv("HF_DAGSHUB_LOG_ARTIFACTS", "FALSE")'),
+        (integrations.ClearMLCallback.setup, "CLEARML_LOG_MODEL"),
+        (integrations.NeptuneCallback.__init__, "self._log_checkpoints = log_checkpoints"),
+        (integrations.FlyteCallback.__init__, "self.sync_checkpoints = sync_checkpoints"),
+        (integrations.DVCLiveCallback.__init__, "self._log_model = log_model"),
+    ],
+)
+def test_what_makes_a_tracker_upload(callback, relied_on):
+    assert relied_on in inspect.getsource(callback), "trackers.py reads the same setting"
