@@ -69,6 +69,9 @@ _OF_TRAINING = ("init_lora_weights", "init_weights", "lora_dropout", "vera_dropo
 # Settings of initialisations. They name files of this machine, and nothing after the initialisation reads them.
 _OF_INITIALISATION = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")
 
+# Settings of quantizations that hold the texts they were calibrated with, and are of no use after it.
+_OF_CALIBRATION = ("dataset", "tokenizer")
+
 
 # Saving
 
@@ -265,7 +268,10 @@ def _quantization(base: PreTrainedModel) -> dict[str, Any] | None:
     config = getattr(base.config, "quantization_config", None)
     if config is None:
         return None
-    return json.loads(json.dumps(config if isinstance(config, dict) else config.to_diff_dict(), default=str))
+    settings = dict(config if isinstance(config, dict) else config.to_diff_dict())
+    for name in _OF_CALIBRATION:
+        settings.pop(name, None)
+    return json.loads(json.dumps(settings, default=str))
 
 
 def _config_dict(config: PeftConfig) -> dict[str, Any]:

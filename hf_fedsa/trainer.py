@@ -602,9 +602,12 @@ class FederatedMixin:
         if self._keeps_trainer_loop:
             return batches, num_items
         for batch in batches:
-            for slot, problem in batch.pop("unreadable").items():
+            for slot, (kind, text) in batch.pop("unreadable").items():
                 client_id = self._current_wave().client_ids[slot]
-                self._progress.left_out.setdefault(client_id, f"its rows cannot be read ({problem})")
+                if client_id not in self._progress.left_out:
+                    # The text may quote rows and paths, and why a client was left out is published.
+                    logger.warning("Rows of client %s cannot be read: %s: %s", client_id, kind, text)
+                    self._progress.left_out[client_id] = f"its rows cannot be read ({kind})"
         parts: dict[int, list[dict[str, Any]]] = {}
         for batch in batches:
             for slot, part in _split_rows(batch, batch["slot_rows"]):
@@ -1070,7 +1073,8 @@ class FederatedMixin:
             raise RuntimeError(
                 f"All {len(progress.left_out)} clients of round {progress.rounds_done} were left out, such as "
                 f"{client_id!r}: {fault}. A and every B are as they were before the round, and so is what was saved. "
-                "If losses are not finite, lower `learning_rate` or look at the rows."
+                "If losses are not finite, lower `learning_rate` or look at the rows. If rows cannot be read, the log "
+                "says why."
             )
         if not progress.weights:  # The run was stopped before any client had taken a step.
             self._progress = progress.after_round()
@@ -1973,7 +1977,7 @@ class _SlotDataset(torch.utils.data.Dataset):
             try:
                 rows = self.dataset.__getitems__([row for owner, row in keys if owner == slot])
             except Exception as error:
-                items.append((slot, _Unreadable(f"{type(error).__name__}: {error}")))
+                items.append((slot, _Unreadable(type(error).__name__, str(error))))
             else:
                 items += [(slot, row) for row in rows]
         return items
@@ -1981,9 +1985,10 @@ class _SlotDataset(torch.utils.data.Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class _Unreadable:
-    """Stands for the rows of a client that raised when they were read."""
+    """Stands for the rows of a client that raised when they were read: kind and text of the exception."""
 
-    problem: str
+    kind: str
+    text: str
 
 
 class _SlotCollator:
@@ -1996,7 +2001,7 @@ class _SlotCollator:
         self.collate = collate
 
     def __call__(self, items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-        unreadable = {slot: row.problem for slot, row in items if isinstance(row, _Unreadable)}
+        unreadable = {slot: (row.kind, row.text) for slot, row in items if isinstance(row, _Unreadable)}
         items = [(slot, row) for slot, row in items if slot not in unreadable]
         if not items:
             # The Trainer counts tokens in every micro-batch, also in one that no client has rows for.

@@ -922,6 +922,9 @@ class TestDescription:
         assert json.loads(json.dumps(settings)) == settings
         assert BitsAndBytesConfig(**settings).to_dict() == config.to_dict()
         assert self.describe(quantization=QUANTIZATION)["quantization_config"] == QUANTIZATION
+        # The texts that a base was calibrated with are those of whoever quantized it.
+        calibrated = {**QUANTIZATION, "dataset": ["a patient's letter"], "tokenizer": "/home/me/base"}
+        assert self.describe(quantization=calibrated)["quantization_config"] == QUANTIZATION
 
 
 @pytest.fixture(scope="module")
