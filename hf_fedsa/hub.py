@@ -1,12 +1,10 @@
 """What is saved of a federation, what is pushed of it, and how it is loaded again."""
 
-import contextlib
 import copy
 import json
 import logging
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -41,6 +39,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .aggregation import weighted_mean
+from .folder import (
+    CONFIG,
+    FEDERATION,
+    ROUNDS,
+    WEIGHTS,
+    is_known_processing_file,
+    locate,
+    locate_own,
+    may_be_processing_file,
+)
 from .model_card import TASKS, make_model_card, summarize
 from .parameters import (
     METHODS,
@@ -56,10 +64,6 @@ from .state import file_sha256, validate_client_ids, write_json, write_safetenso
 
 logger = logging.getLogger(__name__)
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-FEDERATION = "federation.json"
-ROUNDS = "rounds.jsonl"
 CARD = "README.md"
 
 _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
@@ -181,11 +185,9 @@ def save_federation(
     """
     Writes `shared/`, `clients/<client_id>/`, `rounds.jsonl`, the model card and `federation.json`.
 
-    All files are written before the first one takes the place of another, so a full disk leaves what was there.
-
     Args:
         directory (`Path`):
-            Folder to write to. It needs room for the old files and the new.
+            Folder to write to. That of [`~hf_fedsa.folder.saving`], so that they replace the old ones all at once.
         federation (`Mapping[str, Any]`):
             What [`describe_federation`] returned. Its clients are saved.
         rounds (`Sequence[Mapping[str, Any]]`):
@@ -202,7 +204,22 @@ def save_federation(
             The adapter's constants.
     """
     config = _config_to_save(model, adapter_name)
-    client_ids = list(federation["clients"])
+    _write_adapter(directory / "shared", config, shared)
+    entries = {}
+    for client_id, entry in federation["clients"].items():
+        tensors, client_config = {**client_tensors(client_id), **frozen}, config
+        if mutates_base(config):
+            client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
+        path = _write_adapter(directory / "clients" / client_id, client_config, tensors)
+        entries[client_id] = {**entry, "sha256": file_sha256(path)}
+    complete = {**federation, "clients": entries}
+    write_text(directory / ROUNDS, _jsonl(rounds))
+    write_text(directory / CARD, make_model_card(complete, rounds, repo_id=None))
+    write_json(directory / FEDERATION, complete)
+
+
+def warn_of_other_clients(directory: Path, client_ids: Iterable[str]) -> None:
+    """Warns of clients in a folder that a save of these leaves as they are."""
     saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
     if others := sorted(saved - set(client_ids)):
         logger.warning(
@@ -210,39 +227,12 @@ def save_federation(
             directory / "clients",
             ", ".join(others),
         )
-    with _scratch(directory) as scratch:
-        _write_adapter(scratch / "shared", config, shared)
-        entries = {}
-        for client_id in client_ids:
-            tensors, client_config = {**client_tensors(client_id), **frozen}, config
-            if mutates_base(config):
-                client_config, tensors = _as_plain_lora(config, tensors, initial_tensors)
-            path = _write_adapter(scratch / "clients" / client_id, client_config, tensors)
-            entries[client_id] = {**federation["clients"][client_id], "sha256": file_sha256(path)}
-        complete = {**federation, "clients": entries}
-        write_text(scratch / ROUNDS, _jsonl(rounds))
-        write_text(scratch / CARD, make_model_card(complete, rounds, repo_id=None))
-        write_json(scratch / FEDERATION, complete)
-
-
-@contextlib.contextmanager
-def _scratch(directory: Path) -> Iterator[Path]:
-    """A folder to write to. What is in it at the end takes its place in `directory`, `federation.json` last."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving.") as name:
-        scratch = Path(name)
-        yield scratch
-        files = [path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file()]
-        for file in sorted(files, key=lambda file: (file.name == FEDERATION, file)):
-            (directory / file).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(scratch / file, directory / file)
 
 
 def save_processing_class(processing_class: Any, directory: Path) -> list[str]:
-    """Saves a tokenizer or processor, each file whole or not at all, and returns the names of the files."""
-    with _scratch(directory) as scratch:
-        processing_class.save_pretrained(str(scratch))
-        return sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
+    """Saves a tokenizer or processor to a folder that is still empty, and returns the names of the files."""
+    processing_class.save_pretrained(str(directory))
+    return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
 def _config_to_save(model: PeftModel, adapter_name: str) -> PeftConfig:
@@ -480,9 +470,20 @@ def push_federation(
     )
 
 
-def read_saved(directory: str | Path) -> "_Saved":
-    """Reads what is to be pushed from a folder. Raises `ValueError` if its files are not of one save."""
-    return _Saved.read(Path(directory))
+def read_saved(directory: str | Path, processing_files: Iterable[str] = ()) -> "_Saved":
+    """
+    Reads what is to be pushed from a folder.
+
+    Args:
+        directory (`str` or `Path`):
+            The folder.
+        processing_files (`Iterable[str]`, *optional*):
+            Files of the tokenizer or processor that this process has written itself, whatever their names.
+
+    Raises:
+        `ValueError`: its files are not of one save, or are not all its own.
+    """
+    return _Saved.read(Path(directory), processing_files)
 
 
 def push_saved(
@@ -662,18 +663,26 @@ class _Saved:
     pushed: set[str] = field(default_factory=set)
 
     @classmethod
-    def read(cls, directory: Path) -> "_Saved":
+    def read(cls, directory: Path, processing_files: Iterable[str] = ()) -> "_Saved":
         federation = read_federation(directory)
+        names = [*_adapter_paths("shared"), FEDERATION, ROUNDS, *federation["processing_files"]]
+        for entry in federation["clients"].values():
+            if entry["path"] is not None:
+                names += _adapter_paths(entry["path"])
+        for name in names:
+            locate_own(directory, name)
+        if unknown := set(federation["processing_files"]) - set(processing_files):
+            _check_processing_files(directory, unknown)
         # A run that goes on, or starts anew, in the same folder adds rounds that the saved adapters are not of.
-        rounds = _read_rounds(directory / ROUNDS)[: federation["rounds_done"]]
-        shared = _load_checked(directory / "shared" / WEIGHTS)
+        rounds = _read_rounds(locate(directory, ROUNDS))[: federation["rounds_done"]]
+        shared = _load_checked(locate(directory, f"shared/{WEIGHTS}"))
         if tensors_sha256(shared) != federation["shared_sha256"]:
             raise ValueError(_MIXTURE.format(path=directory / "shared" / WEIGHTS))
         if rounds and rounds[-1]["shared_sha256"] != federation["shared_sha256"]:
             raise ValueError(_MIXTURE.format(path=directory / ROUNDS))
         for entry in federation["clients"].values():
             if entry["path"] is not None:
-                path = directory / entry["path"] / WEIGHTS
+                path = locate(directory, _join_path(entry["path"], WEIGHTS))
                 if not path.is_file() or file_sha256(path) != entry["sha256"]:
                     raise ValueError(_MIXTURE.format(path=path))
         return cls(directory, federation, rounds, shared)
@@ -681,12 +690,12 @@ class _Saved:
     @property
     def config(self) -> dict[str, Any]:
         """Config of the adapters."""
-        return _read_json(self.directory / "shared" / CONFIG, CONFIG)
+        return _read_json(locate(self.directory, f"shared/{CONFIG}"), CONFIG)
 
     @property
     def processing_files(self) -> dict[str, bytes | Path]:
         """Files of the tokenizer or processor, by their names."""
-        return {name: self.directory / name for name in self.federation["processing_files"]}
+        return {name: locate(self.directory, name) for name in self.federation["processing_files"]}
 
     @property
     def client_ids(self) -> list[str]:
@@ -756,12 +765,12 @@ class _Saved:
         return {**self.processing_files, **self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
 
     def _adapter_files(self, source: str, target: str) -> dict[str, bytes | Path]:
-        config = _read_json(self.directory / source / CONFIG, CONFIG)
+        config = _read_json(locate(self.directory, _join_path(source, CONFIG)), CONFIG)
         # A local folder's name means nothing to others, and may say more than its owner wants to.
         config["base_model_name_or_path"] = self.federation["hub_base_model"]
         return {
             _join_path(target, CONFIG): _json_bytes(config),
-            _join_path(target, WEIGHTS): self.directory / source / WEIGHTS,
+            _join_path(target, WEIGHTS): locate(self.directory, _join_path(source, WEIGHTS)),
         }
 
     def _published_federation(self, names: Sequence[str], published: Sequence[str]) -> dict[str, Any]:
@@ -864,6 +873,23 @@ class _Saved:
         if remote.federation["root_adapter"] == client_id:
             files[WEIGHTS] = content
         return files
+
+
+def _adapter_paths(folder: str) -> list[str]:
+    return [_join_path(folder, CONFIG), _join_path(folder, WEIGHTS)]
+
+
+def _check_processing_files(directory: Path, names: Iterable[str]) -> None:
+    """A `federation.json` may come from anyone, and must not choose what else of a folder is uploaded."""
+    for name in sorted(names):
+        if not is_known_processing_file(name):
+            raise ValueError(
+                f"{FEDERATION} in {directory} lists {name!r} among the files of the tokenizer or processor, and it is "
+                "no file of a tokenizer or processor of transformers. If it is one of yours, push with "
+                "`trainer.push_to_hub()`; else take it out of `processing_files`."
+            )
+        if not locate(directory, name).is_file():
+            raise ValueError(_MIXTURE.format(path=directory / name))
 
 
 def _only_named(rounds: Iterable[Mapping[str, Any]], names: set[str]) -> list[dict[str, Any]]:
@@ -1047,10 +1073,9 @@ def _read_federation(path: Path, name: str) -> dict[str, Any]:
     missing = sorted(_REQUIRED - federation.keys()) if isinstance(federation, dict) else sorted(_REQUIRED)
     if missing:
         raise ValueError(f"{name} has no `{missing[0]}`, so it was not written by this version of hf_fedsa.")
-    for file in map(Path, federation["processing_files"]):
-        elsewhere = file.is_absolute() or ".." in file.parts or file.parts[0] in ("clients", "shared")
-        if elsewhere or file.suffix in (".bin", ".pt", ".pth", ".pkl", ".safetensors"):
-            raise ValueError(f"{name} is damaged: {str(file)!r} is no file of a tokenizer or processor.")
+    for file in federation["processing_files"]:
+        if not may_be_processing_file(file):
+            raise ValueError(f"{name} is damaged: {file!r} is no file of a tokenizer or processor.")
     validate_client_ids(federation["clients"])
     for client_id, entry in federation["clients"].items():
         path = entry.get("path")
@@ -1132,10 +1157,10 @@ class _Source:
 
     def fetch(self, name: str) -> Path | None:
         """Path of a file on this machine, or `None` if the source does not have it."""
-        name = _join_path(self.subfolder or "", name)
         if self.is_local:
-            path = Path(self.location) / name
+            path = locate(Path(self.location) / (self.subfolder or ""), name)
             return path if path.is_file() else None
+        name = _join_path(self.subfolder or "", name)
         try:
             path = hf_hub_download(
                 self.location,

@@ -50,6 +50,7 @@ from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .evaluation import kept_in_precision
+from .folder import saving
 from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
@@ -264,6 +265,7 @@ class FederatedMixin:
         self._card: dict[str, Any] = {}
         self._push_is_due = False
         self._pushed: set[str] = set()
+        self._processing_files: list[str] = []
         self._hub_base_model = args.hub_base_model or hub.name_on_hub(_base_model_name(self.model))
         if args.push_to_hub and args.should_save:
             hub.check_repository(
@@ -1338,26 +1340,29 @@ class FederatedMixin:
                 "saved. Save in `on_round_end`, or after training."
             )
         self._finish_current_push()  # It reads the files that are about to be replaced.
-        if not self._names_clients:
-            super().save_model(str(directory), _internal_call=True)
         if not self.args.should_save:
+            if not self._names_clients:
+                super().save_model(str(directory), _internal_call=True)
             return
-        directory.mkdir(parents=True, exist_ok=True)
-        processing_files = []
-        if self.processing_class is not None:
-            processing_files = hub.save_processing_class(self.processing_class, directory)
-        torch.save(self.args, directory / "training_args.bin")
-        hub.save_federation(
-            directory,
-            {**self._describe(), "processing_files": processing_files},
-            self._progress.history,
-            model=self.model,
-            adapter_name=self._slots.names[0],
-            shared=self._shared,
-            client_tensors=self._client_tensors,
-            initial_tensors={**self._initial_shared, **self._initial_local},
-            frozen=self._frozen_tensors,
-        )
+        hub.warn_of_other_clients(directory, self.client_ids)
+        self._processing_files = []
+        with saving(directory) as folder:
+            if self.processing_class is not None:
+                self._processing_files = hub.save_processing_class(self.processing_class, folder)
+            if not self._names_clients:
+                super().save_model(str(folder), _internal_call=True)
+            torch.save(self.args, folder / "training_args.bin")
+            hub.save_federation(
+                folder,
+                {**self._describe(), "processing_files": self._processing_files},
+                self._progress.history,
+                model=self.model,
+                adapter_name=self._slots.names[0],
+                shared=self._shared,
+                client_tensors=self._client_tensors,
+                initial_tensors={**self._initial_shared, **self._initial_local},
+                frozen=self._frozen_tensors,
+            )
 
     @functools.cached_property
     def _frozen_tensors(self) -> dict[str, torch.Tensor]:
@@ -1601,7 +1606,7 @@ class FederatedMixin:
         all_named = args.hub_name_clients or not self._names_clients
         event_args = args_of_push_event(args, private=private, all_named=all_named)
         self.callback_handler.on_push_begin(event_args, self.state, self.control)
-        saved = hub.read_saved(directory)
+        saved = hub.read_saved(directory, self._processing_files)
         saved.pushed = self._pushed
         push = functools.partial(
             hub.push_saved,

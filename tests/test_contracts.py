@@ -31,7 +31,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer, chat_template, other_trainers, trackers
+from hf_fedsa import FederatedTrainer, chat_template, folder, other_trainers, trackers
+from hf_fedsa.folder import is_known_processing_file
 from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
@@ -103,6 +104,10 @@ def test_identity_is_in_class_attributes(name, kind):
     assert isinstance(getattr(SFTTrainer, name, None), kind), (
         f"SFTTrainer.{name} is no longer a {kind.__name__}; FederatedTrainer sets it for model cards and tags."
     )
+
+
+# Set in constructors of trackers, see `test_what_makes_a_tracker_upload`.
+SET_BY_TRACKERS = {"_log_checkpoints", "_log_model"}
 
 
 # Takes the repository first, as `model.push_to_hub` does. Upstream calls it by keywords.
@@ -207,7 +212,7 @@ def private_attributes_used() -> set[str]:
 
 
 def test_every_private_upstream_name_in_use_has_a_contract():
-    without = private_attributes_used() - PRIVATE_NAMES.keys() - CLASS_ATTRIBUTES.keys()
+    without = private_attributes_used() - PRIVATE_NAMES.keys() - CLASS_ATTRIBUTES.keys() - SET_BY_TRACKERS
     assert not without, f"hf_fedsa uses {sorted(without)} of upstream; add them to PRIVATE_NAMES, with a test."
 
 
@@ -1137,3 +1142,20 @@ def test_trackers_that_can_upload_are_known():
 )
 def test_what_makes_a_tracker_upload(callback, relied_on):
     assert relied_on in inspect.getsource(callback), "trackers.py reads the same setting"
+
+
+# Files of tokenizers
+
+
+def test_every_vocabulary_of_transformers_is_known():
+    """`push_federation` uploads files of tokenizers by their names."""
+    sources = [*Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")]
+    sources += [*Path(transformers.__file__).parent.glob("tokenization_*.py")]
+    tables = [re.findall(r"VOCAB_FILES_NAMES = (\{.*?\})", path.read_text(), flags=re.DOTALL) for path in sources]
+    names = {name for found in tables for table in found for name in re.findall(r': "([^"]+)"', table)}
+    assert len(names) > 15
+    assert {name for name in names if not is_known_processing_file(name)} == set()
+    known = set(folder._SETTINGS)
+    for name in ("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"):
+        assert getattr(transformers.utils, name) in known
+    assert transformers.utils.AUDIO_TOKENIZER_NAME in known

@@ -791,7 +791,11 @@ class TestTampered:
         with pytest.raises(ValueError, match="the adapter of 'client_0' is said to be in"):
             load_personalized_model(tmp_path / "out", "client_0")
 
-    @pytest.mark.parametrize("name", ["../secret.txt", "/etc/passwd", "training_args.bin", "clients/client_0/x.json"])
+    @pytest.mark.parametrize(
+        "name",
+        ["../secret.txt", "/etc/passwd", "training_args.bin", "clients/client_0/x.json"]
+        + [".env", ".git/config", "secrets.json", "notes/tokenizer.json", ""],
+    )
     def test_files_outside_of_the_folder_are_not_pushed(self, trained, hub, tmp_path, name):
         trained.save_model()
         file = tmp_path / "out" / "federation.json"
@@ -800,6 +804,35 @@ class TestTampered:
         with pytest.raises(ValueError, match="is no file of a tokenizer or processor"):
             push_federation(tmp_path / "out", REPO, clients="all")
         assert hub.requests == []
+
+    @pytest.mark.parametrize(
+        "name",
+        ["tokenizer.json", "rounds.jsonl", "shared", "clients", "clients/client_1", "shared/adapter_config.json"]
+        + ["clients/client_1/adapter_model.safetensors", "federation.json"],
+    )
+    def test_a_link_is_not_followed(self, trained, hub, tmp_path, name):
+        trained.save_model()
+        inside = tmp_path / "out" / name
+        outside = inside.rename(tmp_path / "elsewhere")
+        inside.symlink_to(outside)
+        hub.requests.clear()
+        with pytest.raises(ValueError, match=f"{name}.* is not itself in the folder: a link leads to .*/elsewhere"):
+            push_federation(tmp_path / "out", REPO, clients="all")
+        assert hub.requests == []
+        load_personalized_model(tmp_path / "out", "client_1")  # As from a cache, whose files are links.
+        linked = tmp_path / "linked"
+        inside.unlink()
+        outside.rename(inside)
+        linked.symlink_to(tmp_path / "out")
+        push_federation(linked, REPO, clients="all")
+
+    def test_nor_one_to_a_file_beside_it(self, trained, hub, tmp_path):
+        trained.save_model()
+        (tmp_path / "out" / ".env").write_text("SECRET=1")
+        (tmp_path / "out" / "tokenizer.json").unlink()
+        (tmp_path / "out" / "tokenizer.json").symlink_to(".env")
+        with pytest.raises(ValueError, match="tokenizer.json is not itself in the folder"):
+            push_federation(tmp_path / "out", REPO, clients="all")
 
     @pytest.mark.parametrize("content", ["[]", "{}", '{"clients": {}}'])
     def test_another_format(self, tmp_path, content):
