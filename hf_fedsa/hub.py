@@ -38,7 +38,9 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter_file import check_tensors, config_to_build, read_adapter_config
 from .aggregation import weighted_mean
+from .federation_file import read_federation_file, read_object, read_rounds
 from .folder import (
     CONFIG,
     FEDERATION,
@@ -47,7 +49,6 @@ from .folder import (
     is_known_processing_file,
     locate,
     locate_own,
-    may_be_processing_file,
 )
 from .model_card import TASKS, make_model_card, summarize
 from .parameters import (
@@ -60,7 +61,7 @@ from .parameters import (
     tensors_sha256,
 )
 from .slots import mutates_base
-from .state import file_sha256, validate_client_ids, write_json, write_safetensors, write_text
+from .state import file_sha256, write_json, write_safetensors, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -630,15 +631,18 @@ class _Remote:
         def fetch(name: str) -> Path:
             return Path(hf_hub_download(repo_id, name, revision=info.sha, token=api.token))
 
-        federation = _read_federation(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
-        rounds = _read_rounds(fetch(ROUNDS)) if ROUNDS in paths else []
+        federation = read_federation_file(fetch(FEDERATION), f"{FEDERATION} of {repo_id}")
+        rounds = read_rounds(fetch(ROUNDS)) if ROUNDS in paths else []
         return cls(info.sha, federation, rounds, fetch)
 
     def check_same_adapter(
         self, base_model: str | None, config: Mapping[str, Any], repo_id: str, path: str = "shared"
     ) -> None:
         """Raises `ValueError` if the repository's adapters are of another base model or another config."""
-        ours, theirs = _comparable(config), _comparable(_read_json(self.fetch(_join_path(path, CONFIG)), CONFIG))
+        ours, theirs = (
+            _comparable(config),
+            _comparable(read_object(self.fetch(_join_path(path, CONFIG)), f"{CONFIG} of {repo_id}")),
+        )
         if path == "" and self.federation["mutates_base"]:
             return  # A client's adapter has twice the rank then.
         if base_model and self.federation["base_model"]:
@@ -674,23 +678,30 @@ class _Saved:
         if unknown := set(federation["processing_files"]) - set(processing_files):
             _check_processing_files(directory, unknown)
         # A run that goes on, or starts anew, in the same folder adds rounds that the saved adapters are not of.
-        rounds = _read_rounds(locate(directory, ROUNDS))[: federation["rounds_done"]]
-        shared = _load_checked(locate(directory, f"shared/{WEIGHTS}"))
+        rounds = read_rounds(locate(directory, ROUNDS))[: federation["rounds_done"]]
+        shared = _load_checked(locate(directory, f"shared/{WEIGHTS}"), "The shared part")
         if tensors_sha256(shared) != federation["shared_sha256"]:
             raise ValueError(_MIXTURE.format(path=directory / "shared" / WEIGHTS))
         if rounds and rounds[-1]["shared_sha256"] != federation["shared_sha256"]:
             raise ValueError(_MIXTURE.format(path=directory / ROUNDS))
-        for entry in federation["clients"].values():
+        for client_id, entry in federation["clients"].items():
             if entry["path"] is not None:
                 path = locate(directory, _join_path(entry["path"], WEIGHTS))
                 if not path.is_file() or file_sha256(path) != entry["sha256"]:
                     raise ValueError(_MIXTURE.format(path=path))
+                _load_checked(path, f"The adapter of {client_id!r}")
         return cls(directory, federation, rounds, shared)
 
     @property
     def config(self) -> dict[str, Any]:
         """Config of the adapters."""
-        return _read_json(locate(self.directory, f"shared/{CONFIG}"), CONFIG)
+        return self._read_config("shared")
+
+    def _read_config(self, folder: str) -> dict[str, Any]:
+        path = locate(self.directory, _join_path(folder, CONFIG))
+        if not path.is_file():
+            raise ValueError(_MIXTURE.format(path=path))
+        return read_object(path, str(path))
 
     @property
     def processing_files(self) -> dict[str, bytes | Path]:
@@ -765,7 +776,7 @@ class _Saved:
         return {**self.processing_files, **self._adapter_files(path, ""), **_descriptions(federation, rounds, repo_id)}
 
     def _adapter_files(self, source: str, target: str) -> dict[str, bytes | Path]:
-        config = _read_json(locate(self.directory, _join_path(source, CONFIG)), CONFIG)
+        config = self._read_config(source)
         # A local folder's name means nothing to others, and may say more than its owner wants to.
         config["base_model_name_or_path"] = self.federation["hub_base_model"]
         return {
@@ -839,7 +850,7 @@ class _Saved:
 
     def _check_names(self, there: Mapping[str, Any], repo_id: str) -> None:
         """Raises `ValueError` if a client of the repository has the name of one of these, and is another."""
-        known = set(self.federation["origin"]["clients"]) if self.federation["origin"] is not None else set()
+        known = set((self.federation["origin"] or {}).get("clients", ()))
         for client_id, entry in self.federation["clients"].items():
             other = there["clients"].get(client_id)
             if other is None or client_id in known or other["sha256"] in {*self.pushed, entry["sha256"]}:
@@ -860,7 +871,7 @@ class _Saved:
         path = remote.fetch(_join_path(entry["path"], WEIGHTS))
         if file_sha256(path) != entry["sha256"]:
             raise ValueError(_MIXTURE.format(path=path))
-        tensors = _load_checked(path)
+        tensors = _load_checked(path, f"The adapter of {client_id!r} in the repository")
         if wrong := [key for key, new in self.shared.items() if key not in tensors or tensors[key].shape != new.shape]:
             raise ValueError(
                 f"The adapter of the client {client_id!r} in the repository has no `{wrong[0]}` of the shape it has "
@@ -905,7 +916,7 @@ def _only_named(rounds: Iterable[Mapping[str, Any]], names: set[str]) -> list[di
             if isinstance(value, Mapping):
                 public[key] = {client_id: number for client_id, number in value.items() if client_id in names}
             elif isinstance(value, list):
-                public[key] = [client_id for client_id in value if client_id in names]
+                public[key] = [item for item in value if isinstance(item, str) and item in names]
         only.append(public)
     return only
 
@@ -930,12 +941,6 @@ def _json_bytes(value: Any) -> bytes:
 
 def _join_path(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
-
-
-def _read_rounds(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # Loading
@@ -1067,68 +1072,21 @@ def read_federation(directory: Path) -> dict[str, Any]:
     return _Source(directory).open().federation
 
 
-def _read_federation(path: Path, name: str) -> dict[str, Any]:
-    """Reads a `federation.json`, which may come from anywhere, so that what follows can rely on its form."""
-    federation = _read_json(path, name)
-    missing = sorted(_REQUIRED - federation.keys()) if isinstance(federation, dict) else sorted(_REQUIRED)
-    if missing:
-        raise ValueError(f"{name} has no `{missing[0]}`, so it was not written by this version of hf_fedsa.")
-    for file in federation["processing_files"]:
-        if not may_be_processing_file(file):
-            raise ValueError(f"{name} is damaged: {file!r} is no file of a tokenizer or processor.")
-    validate_client_ids(federation["clients"])
-    for client_id, entry in federation["clients"].items():
-        path = entry.get("path")
-        if path not in (None, "", f"clients/{client_id}"):
-            raise ValueError(f"{name} is damaged: the adapter of {client_id!r} is said to be in {path!r}.")
-        if path is not None and not isinstance(entry.get("sha256"), str):
-            raise ValueError(f"{name} is damaged: the adapter of {client_id!r} has no hash.")
-    return federation
-
-
-_REQUIRED = {
-    "adapter",
-    "base_dtype",
-    "base_model",
-    "base_revision",
-    "client_repositories",
-    "clients",
-    "hub_base_model",
-    "initial_shared_sha256",
-    "method",
-    "mutates_base",
-    "num_clients",
-    "origin",
-    "processing_files",
-    "quantization_config",
-    "returned_rounds",
-    "root_adapter",
-    "rounds_done",
-    "share_modules_to_save",
-    "shared_sha256",
-}
-
-
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{name} is damaged ({error}). Save or publish the federation again.") from error
-
-
 _MIXTURE = (
     f"{{path}} is missing or is not the file that {FEDERATION} lists, so it may belong to another save or another "
     "client. Save or publish the federation again."
 )
 
 
-def _load_checked(path: Path) -> dict[str, torch.Tensor]:
+def _load_checked(path: Path, whose: str) -> dict[str, torch.Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read as safetensors ({error}). Files of another kind, such as pickles, are not opened."
         ) from error
+    check_tensors(tensors, f"{whose} ({path})")
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -1136,8 +1094,9 @@ class _Adapter:
     """A client's adapter on this machine."""
 
     folder: Path
-    config: PeftConfig
     tensors: dict[str, torch.Tensor]
+    config: PeftConfig  # To build it with.
+    saved_config: PeftConfig
 
 
 @dataclass(frozen=True)
@@ -1190,7 +1149,7 @@ class _Source:
                 f"{place} holds no federation: {FEDERATION} is missing. Pass a folder that `trainer.save_model()` "
                 "wrote, or a repository that `trainer.push_to_hub()` wrote."
             )
-        federation = _read_federation(path, str(path))
+        federation = read_federation_file(path, str(path))
         if self.is_local:
             return _Origin(self, federation)
         # In the Hub's cache, files lie under `snapshots/<commit>/`.
@@ -1225,7 +1184,7 @@ class _Origin:
                 f"{self.source.location} holds no client {client_id!r}. Its clients are: "
                 f"{', '.join(available) or 'none, only the shared tensors were published'}."
             )
-        return self.read_adapter(entry["path"], entry["sha256"])
+        return self.read_adapter(entry["path"], entry["sha256"], whose=f"The adapter of {client_id!r}")
 
     def _from_client_repository(self, client_id: str) -> _Adapter:
         source = replace(self.source, location=f"{self.source.location}-{client_id}", revision=None, subfolder=None)
@@ -1243,12 +1202,14 @@ class _Origin:
             )
         return own.adapter(client_id)
 
-    def read_adapter(self, path: str, expected: str | None) -> _Adapter:
+    def read_adapter(self, path: str, expected: str | None, *, whose: str) -> _Adapter:
         config, weights = self.source.fetch(_join_path(path, CONFIG)), self.source.fetch(_join_path(path, WEIGHTS))
         if config is None or weights is None or (expected is not None and file_sha256(weights) != expected):
             place = _join_path(str(self.source.location), _join_path(path, WEIGHTS if config else CONFIG))
             raise ValueError(_MIXTURE.format(path=place))
-        return _Adapter(weights.parent, PeftConfig.from_pretrained(str(config.parent)), _load_checked(weights))
+        tensors = _load_checked(weights, whose)
+        saved_config = read_adapter_config(config, self.federation["method"])
+        return _Adapter(weights.parent, tensors, config_to_build(saved_config, tensors, str(config)), saved_config)
 
 
 def _load_base(name: str, federation: Mapping[str, Any], adapter: _Adapter, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -1273,7 +1234,7 @@ def _add_adapter(model: PreTrainedModel | PeftModel, adapter: _Adapter, client_i
                 "`base_model` already carries an adapter. Take it out with `unload()` first, or pass the `PeftModel`."
             )
         _check_fits(adapter_shapes(model, adapter.config), adapter, client_id)
-        return PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=name)
+        return PeftModel.from_pretrained(model, str(adapter.folder), adapter_name=name, config=adapter.config)
     if name in model.peft_config and _settings(model.peft_config[name]) != _settings(adapter.config):
         model.delete_adapter(name)  # One of the same name from elsewhere: its scale would stay.
     added = name not in model.peft_config
@@ -1348,6 +1309,8 @@ class Origin:
             Contents of `federation.json`.
         config ([`~peft.PeftConfig`]):
             Config of the adapter to create.
+        saved_config ([`~peft.PeftConfig`]):
+            The federation's own, which may have patterns where `config` has the names they stand for.
         shared (`dict[str, torch.Tensor]`):
             The server's tensors, fp32.
         local (`dict[str, torch.Tensor]`, *optional*):
@@ -1356,8 +1319,22 @@ class Origin:
 
     federation: dict[str, Any]
     config: PeftConfig
+    saved_config: PeftConfig
     shared: dict[str, torch.Tensor]
     local: dict[str, torch.Tensor] | None
+
+    def restore_patterns(self, configs: Iterable[PeftConfig]) -> None:
+        """Gives configs of adapters made from `config` the federation's patterns, so that both are saved alike."""
+        for name in _NAMING_MODULES & vars(self.config).keys():
+            if getattr(self.config, name) != getattr(self.saved_config, name):
+                for config in configs:
+                    setattr(config, name, copy.copy(getattr(self.saved_config, name)))
+
+
+_NAMING_MODULES = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern"),
+}
 
 
 def load_origin(
@@ -1383,7 +1360,7 @@ def load_origin(
             f"{federation['adapter'].get('init_lora_weights')!r}`, which changed the base weights in a way a newcomer "
             "cannot repeat. Federations with the default initialisation can be joined."
         )
-    shared = origin.read_adapter("shared", None)
+    shared = origin.read_adapter("shared", None, whose="The shared part")
     if tensors_sha256(shared.tensors) != federation["shared_sha256"]:
         raise ValueError(_MIXTURE.format(path=f"{source}/shared/{WEIGHTS}"))
     method = next(row for row in METHODS if row.name == federation["method"])
@@ -1403,5 +1380,9 @@ def load_origin(
         local = weighted_mean((local_of(client_id), 1.0) for client_id in published)
     elif init_local != "zero":
         local = local_of(init_local)
-    shared.config.inference_mode = False
-    return Origin(federation, shared.config, clone_tensors(shared.tensors, dtype=torch.float32), local)
+    config = shared.config
+    config.inference_mode = False
+    for name in ("init_lora_weights", "init_weights"):  # A newcomer starts from what it draws.
+        if name in vars(config):
+            setattr(config, name, getattr(shared.saved_config, name))
+    return Origin(federation, config, shared.saved_config, clone_tensors(shared.tensors, dtype=torch.float32), local)

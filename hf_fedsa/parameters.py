@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
@@ -178,13 +179,24 @@ def adapter_shapes(model: nn.Module, config: PeftConfig) -> dict[str, tuple[int,
     """
     config = copy.deepcopy(config)
     modules_to_save, config.modules_to_save = getattr(config, "modules_to_save", None), None
-    trial = get_peft_model(model, config, adapter_name="trial")
+    try:
+        trial = get_peft_model(model, config, adapter_name="trial")
+    except ValueError:
+        _unwrap(model)  # PEFT changes layers one by one, and leaves those it had come to.
+        raise
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter_tensors(trial, "trial").items()}
     trial.unload()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if any(f".{module}." in f".{name}." for module in modules_to_save or ()):
             shapes[f"base_model.model.{name}"] = tuple(parameter.shape)
     return shapes
+
+
+def _unwrap(model: nn.Module) -> None:
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
 
 
 def clone_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:

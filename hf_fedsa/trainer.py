@@ -342,7 +342,12 @@ class FederatedMixin:
                 "shared tensors were trained with. Use the version of torch that `federation.json` names."
             )
         self._initial_shared, self._shared = clone_tensors(origin.shared), clone_tensors(origin.shared)
+        origin.restore_patterns(self.model.peft_config.values())
         if origin.local is not None:
+            if differing := sorted(self._initial_local.keys() ^ origin.local.keys()):
+                raise ValueError(
+                    f"The adapter to start from (`init_local`) differs from this one in {differing[0]!r}."
+                )
             self._initial_local = {key: origin.local[key].to(t.dtype) for key, t in self._initial_local.items()}
         self._slots.load(0, self._initial_shared, self._initial_local)
         self._trains_shared = train_shared
