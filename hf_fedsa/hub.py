@@ -50,6 +50,7 @@ from .folder import (
     locate,
     locate_own,
 )
+from .merging import merge as merge_into_base
 from .model_card import TASKS, make_model_card, summarize
 from .parameters import (
     METHODS,
@@ -1005,7 +1006,8 @@ def load_personalized_model(
             model that this function returned takes the client as one more adapter. If `None`, the base is the one that
             the adapters were trained on.
         merge (`bool`, *optional*, defaults to `False`):
-            Whether to merge the adapter into the base weights and return a plain model, e.g. for export.
+            Whether to merge the adapter into the base weights and return a plain model, e.g. for export. Where the
+            adapter tells tied embeddings apart, they are no longer tied.
         revision (`str`, *optional*):
             Branch, tag or commit of the repository. A and all B of a federation are those of one commit.
         subfolder (`str`, *optional*):
@@ -1064,7 +1066,7 @@ def load_personalized_model(
     for client_id, adapter in adapters.items():
         model = _add_adapter(model, adapter, client_id)
     model.set_adapter(_adapter_name(model, client_ids[0]))
-    return model.merge_and_unload() if merge else model.eval()
+    return merge_into_base(model) if merge else model.eval()
 
 
 def read_federation(directory: Path) -> dict[str, Any]:

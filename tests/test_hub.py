@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hf_fedsa import FederatedMixin, FederatedTrainer, load_personalized_model
+from hf_fedsa.merging import merge
 from hf_fedsa.parameters import tensors_sha256
 
 
@@ -242,3 +243,62 @@ def test_clients_of_an_earlier_run_are_pointed_out(base_dir, tmp_path, inputs, c
     (tmp_path / "clients" / "gone").mkdir(parents=True)
     train(base_dir, tmp_path, inputs)
     assert "gone" in caplog.text
+
+
+TIED = [
+    ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    ({"target_modules": ["q_proj", "lm_head"]}, False),
+    ({"target_modules": ["embed_tokens", "lm_head"]}, False),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, False),
+    ({"target_modules": ["q_proj"]}, True),
+]
+
+
+@pytest.mark.parametrize(("adapted", "stays_tied"), TIED)
+@torch.no_grad()
+def test_merging_into_tied_embeddings_changes_no_logits(tmp_path, inputs, adapted, stays_tied):
+    base = make_model(tie_word_embeddings=True)
+    plain = base(**inputs).logits
+    model = get_peft_model(base, make_lora(**adapted)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    expected = model(**inputs).logits
+    assert (expected - plain).abs().max() > 0.002
+    merged = merge(model)
+    assert torch.allclose(merged(**inputs).logits, expected, atol=1e-4)
+    assert merged.config.tie_word_embeddings is stays_tied
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(again(**inputs).logits, expected, atol=1e-4)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == stays_tied
+
+
+def test_a_client_is_merged_into_tied_embeddings(tmp_path, inputs):
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    trainer = FederatedTrainer(
+        model=str(tmp_path / "base"),
+        args=make_args(tmp_path / "out", learning_rate=0.5, num_rounds=1),
+        train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
+        processing_class=make_tokenizer(),
+        peft_config=make_lora(target_modules=["embed_tokens"]),
+    )
+    trainer.train()
+    trainer.save_model()
+    merged = load_personalized_model(tmp_path / "out", "client_1", merge=True)
+    with torch.no_grad():
+        expected = load_personalized_model(tmp_path / "out", "client_1")(**inputs).logits
+        assert torch.allclose(merged(**inputs).logits, expected, atol=1e-4)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_merging_into_a_weight_that_serves_elsewhere_is_refused():
+    base = make_model()
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
+    model = get_peft_model(base, make_lora(target_modules=["layers.0.mlp.up_proj"]))
+    before = base.model.layers[1].mlp.up_proj.weight.clone()
+    with pytest.raises(ValueError, match="layers.0.mlp.up_proj.*which is also that of 'model.layers.1.mlp.up_proj'"):
+        merge(model)
+    assert torch.equal(base.model.layers[1].mlp.up_proj.weight, before)
