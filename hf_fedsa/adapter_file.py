@@ -197,16 +197,16 @@ def config_to_build(config: PeftConfig, tensors: Mapping[str, torch.Tensor], pla
     else:
         rank_of = dict.fromkeys(ranks, config.r)
     experts = bool(getattr(config, "target_parameters", None))
-    for module, found in ranks.items():
+    for module, (found, key) in ranks.items():
         # Where single parameters are adapted, one tensor holds the ranks of all experts.
         if found != rank_of[module] and not (experts and found and found % rank_of[module] == 0):
             raise ValueError(
-                f"{place} says that the rank of {module!r} is {rank_of[module]}, and its tensor has {found} rows. It "
-                "is of another adapter or was tampered with."
+                f"{place} holds {key!r} with the shape {tuple(tensors[key].shape)}, and by its config the rank is "
+                f"{rank_of[module]}. One of the two is of another adapter or was tampered with."
             )
     if experts:
         _refuse_regular_expressions(built, place)
-    elif _has_regular_expressions(config) or len(config.target_modules or ()) > len(ranks):
+    elif _has_regular_expressions(config) or len(config.target_modules or ()) > 10 * len(ranks) + 100:
         built.target_modules = sorted(ranks)
         built.layers_to_transform = built.layers_pattern = None
         if isinstance(built, LoraConfig):
@@ -214,14 +214,14 @@ def config_to_build(config: PeftConfig, tensors: Mapping[str, torch.Tensor], pla
     return built
 
 
-def _ranks(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Rank of every adapted module, by its name, as the shapes have it."""
+def _ranks(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
+    """Rank of every adapted module, by its name, as the shapes have it, and the key of the tensor that has it."""
     (names,) = {row.shared for row in METHODS if row.peft_type == config.peft_type.value}
     ranks = {}
     for key, tensor in tensors.items():
         module, _, name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")
         if name in names:
-            ranks[module] = tensor.shape[0] if tensor.dim() else 0
+            ranks[module] = (tensor.shape[0] if tensor.dim() else 0, key)
     return ranks
 
 

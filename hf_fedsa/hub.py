@@ -1066,7 +1066,13 @@ def load_personalized_model(
     for client_id, adapter in adapters.items():
         model = _add_adapter(model, adapter, client_id)
     model.set_adapter(_adapter_name(model, client_ids[0]))
-    return merge_into_base(model) if merge else model.eval()
+    if not merge:
+        return model.eval()
+    try:
+        return merge_into_base(model)
+    except ValueError:
+        model.unload()
+        raise
 
 
 def read_federation(directory: Path) -> dict[str, Any]:
@@ -1211,7 +1217,12 @@ class _Origin:
             raise ValueError(_MIXTURE.format(path=place))
         tensors = _load_checked(weights, whose)
         saved_config = read_adapter_config(config, self.federation["method"])
-        return _Adapter(weights.parent, tensors, config_to_build(saved_config, tensors, str(config)), saved_config)
+        return _Adapter(
+            weights.parent,
+            tensors,
+            config_to_build(saved_config, tensors, f"{whose} ({weights.parent})"),
+            saved_config,
+        )
 
 
 def _load_base(name: str, federation: Mapping[str, Any], adapter: _Adapter, kwargs: dict[str, Any]) -> PreTrainedModel:
