@@ -15,7 +15,6 @@ from peft.utils.peft_types import PeftType, TaskType
 
 from .federation_file import brief, is_number, is_text, is_whole, read_object
 from .parameters import METHODS, method_for
-from .patterns import Pattern
 from .peft_config import validate_peft_config
 from .slots import mutates_base
 
@@ -244,13 +243,25 @@ def _name_modules_of_patterns(config: LoraConfig, modules: typing.Collection[str
         given = getattr(config, field) or {}
         if len(given) > max(len(modules), 100):
             raise ValueError(f"{place} has {len(given)} patterns in `{field}` for {len(modules)} modules.")
-        try:
-            patterns = [(Pattern(text), value) for text, value in given.items()]
-        except ValueError as error:
-            raise ValueError(f"{place} has a `{field}` that cannot be used. {error}") from error
+        patterns = [(_compiled(text, field, place), value) for text, value in given.items()]
         found = {}
         for module in modules if patterns else ():
-            values = [value for pattern, value in patterns if pattern.matches_end(module)]
+            values = [value for pattern, value in patterns if pattern.match(module)]
             if values:
                 found[re.escape(module)] = values[0]
         setattr(config, field, found)
+
+
+def _compiled(text: str, field: str, place: str) -> re.Pattern[str]:
+    """A pattern as PEFT reads it, if its form bounds the time it can take: what multiplies it is counted."""
+    repeats, alternatives = len(re.findall(r"[*+?{]", text)), text.count("|")
+    repeats_a_group = re.search(r"\)[*+?{]", text)
+    if len(text) > _LONGEST_NAME or repeats > 3 or alternatives > 8 or repeats_a_group:
+        raise ValueError(
+            f"{place} has the pattern {text[:100]!r} in `{field}`, which might take forever to match: it repeats a "
+            "group, or has more than 3 repetitions or 8 alternatives. Write the names of the modules out."
+        )
+    try:
+        return re.compile(rf"(.*\.)?({text})$")
+    except (re.error, OverflowError) as error:
+        raise ValueError(f"{place} has {text!r} in `{field}`, which is no regular expression: {error}.") from error

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model, push_federation
 from hf_fedsa.hub import _Remote, load_origin, read_saved
 from hf_fedsa.parameters import tensors_sha256
-from hf_fedsa.patterns import Pattern
 from hf_fedsa.state import file_sha256
 
 
@@ -223,7 +222,10 @@ class TestAdapterConfig:
             ({"arrow_config": {"top_k": 1}}, "`arrow_config` is"),
             ({"use_dora": True}, "method 'dora', and the federation's is 'lora'"),
             ({"modules_to_save": ["(a+)+$"]}, "`modules_to_save` is .*a list of names of modules"),
-            ({"alpha_pattern": {"(?=q)q_proj": 1}}, "`alpha_pattern` that cannot be used.*looks around"),
+            ({"alpha_pattern": {"(a+)+$": 1}}, "pattern .* in `alpha_pattern`, which might take forever"),
+            ({"alpha_pattern": {"a?" * 20 + "a" * 20: 1}}, "in `alpha_pattern`, which might take forever"),
+            ({"rank_pattern": {"(a|aa)" * 20: 1}}, "in `rank_pattern`, which might take forever"),
+            ({"rank_pattern": {"q_(proj": 4}}, "in `rank_pattern`, which is no regular expression"),
             ({"alpha_pattern": {f"x{i}": 1 for i in range(500)}}, "500 patterns in `alpha_pattern` for 4 modules"),
         ],
     )
@@ -300,39 +302,6 @@ def test_a_newcomer_saves_the_patterns_of_its_federation(tmp_path):
     )
     assert ours == theirs
     assert ours["target_modules"] == patterns["target_modules"]
-
-
-def test_patterns_match_as_pythons():
-    import re
-
-    generator = random.Random(0)
-    parts = [
-        "a",
-        "b",
-        ".",
-        r"\.",
-        "[ab]",
-        "[^a]",
-        "(a|b)",
-        "(a|ab)*",
-        "a?",
-        "b+",
-        ".*",
-        "|",
-        "(ab)?",
-        "a{2}",
-        "b{0,2}",
-    ]
-    parts += ["^", "$", r"\d", r"\b", "(?:b)+?"]
-    compared = 0
-    for _ in range(2000):
-        pattern = "".join(generator.choices(parts, k=generator.randint(1, 6)))
-        name = "".join(generator.choices("ab.1", k=generator.randint(0, 8)))
-        with contextlib.suppress(re.error):
-            expected = re.match(rf"(.*\.)?({pattern})$", name) is not None
-            assert Pattern(pattern).matches_end(name) == expected, (pattern, name)
-            compared += expected
-    assert compared > 200
 
 
 VALUES = [None, True, -1, 0, 3, 10**7, 10**30, 1.5, math.nan, math.inf, "", "x", "../x", "a\0", "\ud800", "(a+)+$", []]
