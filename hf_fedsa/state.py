@@ -283,6 +283,9 @@ class RunState:
 
 STATE_FOLDER = "federation_state"
 _MANIFEST = "manifest.json"
+# Added to the name of a checkpoint while another one of its step is written in its place.
+REPLACED = ".replaced"
+CHECKPOINT_FOLDER = rf"checkpoint-(\d+)({re.escape(REPLACED)})?"
 
 
 class CheckpointError(ValueError):
@@ -298,6 +301,11 @@ def write_manifest(checkpoint: Path) -> None:
         for path in paths
     }
     write_json(manifest, files)
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether the writing of a checkpoint was finished."""
+    return (checkpoint / STATE_FOLDER / _MANIFEST).is_file()
 
 
 def check_manifest(checkpoint: Path) -> None:
@@ -359,11 +367,11 @@ def _brief(value: Any) -> str:
 def newest_whole_checkpoint(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """Finds the checkpoint with the highest step that is whole, calling `warn` for each newer one passed over."""
     numbered = [
-        (int(match.group(1)), path)
+        (int(match.group(1)), match.group(2) is None, path)
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if path.is_dir() and (match := re.fullmatch(CHECKPOINT_FOLDER, path.name))
     ]
-    for _, path in sorted(numbered, reverse=True):
+    for _, _, path in sorted(numbered, reverse=True):
         try:
             check_manifest(path)
         except CheckpointError as error:

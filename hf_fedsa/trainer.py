@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -36,8 +35,9 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -45,8 +45,16 @@ from trl.trainer.utils import FusedCausalLMOutput
 from . import hub
 from .aggregation import WeightedMean
 from .base_layers import GradientProbe, keep_layout
-from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
+from .callbacks import (
+    FederatedCallback,
+    FederatedProgressCallback,
+    JITCheckpointAtStepEnd,
+    RoundCallback,
+    log_line,
+    round_metrics,
+)
 from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
+from .checkpoint import delete_older_checkpoints, make_room, remove_replaced, restore_replaced
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .evaluation import kept_in_precision
@@ -203,6 +211,8 @@ class FederatedMixin:
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.pop_callback(ProgressCallback)
             self.add_callback(FederatedProgressCallback(args.rounds))
+        if args.enable_jit_checkpoint:
+            self.add_callback(JITCheckpointAtStepEnd(self.pop_callback(JITCheckpointCallback)))
 
         # Rows
         self._rows_of = self._find_rows()
@@ -257,6 +267,7 @@ class FederatedMixin:
         self._schedule_at_round_start: dict[str, Any] | None = None
         self._loss_scale_before_wave: dict[str, Any] = {}
         self._resuming = False
+        self._ends_round_first = False
         self._owns_store = self._store_dir is None
         self._rounds: list[Round] = []
         # What is written of the federation
@@ -595,6 +606,9 @@ class FederatedMixin:
         epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if self._keeps_trainer_loop:
+            # Saved after its last step, the round was to be closed by the end of the epoch, which is not to come.
+            self._ends_round_first = resume_from_checkpoint is not None and steps_trained == 0
         if self._keeps_trainer_loop or resume_from_checkpoint is None:
             return epochs_trained, steps_trained
         # Earlier rounds may also have been shorter than planned, if a callback ended them.
@@ -877,7 +891,9 @@ class FederatedMixin:
             self._shared = clone_tensors(self._initial_shared)
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-        self._resuming = False
+        elif self._ends_round_first:
+            self.end_round()
+        self._resuming = self._ends_round_first = False
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
@@ -1505,11 +1521,14 @@ class FederatedMixin:
         run_dir = Path(self._get_output_dir(trial=trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
         try:
+            if self.args.should_save:
+                make_room(checkpoint)
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save and not self.args.save_only_model:
                 write_manifest(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            restore_replaced(checkpoint)
             kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
             raise OSError(
                 f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
@@ -1519,7 +1538,8 @@ class FederatedMixin:
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, use_mtime=True)
+            remove_replaced(checkpoint)
+            delete_older_checkpoints(checkpoint, limit)
 
     # Hub
 
@@ -2278,6 +2298,11 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         raise ValueError(
             f"`max_steps={args.max_steps}` would stop in the middle of a round, with some of its clients trained and "
             "others not. Set `num_rounds` with `local_steps` or `local_epochs`."
+        )
+    if args.enable_jit_checkpoint and args.world_size > 1:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves in the middle of a round, when each of several processes knows its "
+            "own clients alone. Leave it out: checkpoints at round ends (`save_strategy='epoch'`) are whole."
         )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(

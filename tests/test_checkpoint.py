@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -51,9 +54,9 @@ SETTINGS = {
 }
 
 
-def make_trainer(directory, tokenizer, setting, callbacks=()):
-    arguments = {"num_rounds": 3, "clients_per_round": 3, "save_strategy": "steps", "save_steps": 1}
-    arguments |= SETTINGS[setting]
+def make_trainer(directory, tokenizer, setting, callbacks=(), **arguments):
+    arguments = {"num_rounds": 3, "clients_per_round": 3, "save_strategy": "steps", "save_steps": 1, **arguments}
+    arguments = {**SETTINGS[setting], **arguments}
     if setting == "disk_store":
         arguments["client_store_dir"] = str(directory / "store")
     return FederatedTrainer(
@@ -93,38 +96,105 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer,
         assert [json.loads(line) for line in lines] == resumed.round_history
 
 
-def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer):
+def assert_same_run(first, second):
+    assert max_difference(weights_of(first), weights_of(second)) == 0
+    histories = [[{**entry, "seconds": None} for entry in run.round_history] for run in (first, second)]
+    assert histories[0] == histories[1]
+    assert first.state.global_step == second.state.global_step
+
+
+def make_single(directory, tokenizer, *callbacks, **arguments):
+    values = {
+        "num_train_epochs": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return FederatedTrainer(
+        model=make_model(),
+        args=SFTConfig(str(directory), **{**values, **arguments}),
+        train_dataset=make_rows(7, seed=1),
+        processing_class=tokenizer,
+        peft_config=make_lora(lora_dropout=0.1),
+        callbacks=list(callbacks),
+    )
+
+
+class Terminate(TrainerCallback):
+    """What the Trainer does some seconds after SIGTERM, at an event of the n-th step."""
+
+    def __init__(self, event, step):
+        setattr(self, event, self.request)
+        self.step = step
+
+    def request(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
+
+
+# The event at which the request is found, the steps done by then, and those in the checkpoint.
+TERMINATIONS = [
+    ("on_step_begin", 1, 2),
+    ("on_pre_optimizer_step", 4, 5),
+    ("on_step_end", 6, 6),
+    ("on_epoch_end", 6, 6),
+]
+
+
+@pytest.mark.parametrize(("event", "step", "saved"), TERMINATIONS)
+def test_a_run_that_was_told_to_end_goes_on(tmp_path, tokenizer, event, step, saved):
     def make(directory, *callbacks):
-        arguments = SFTConfig(
-            str(directory),
-            num_train_epochs=3,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="steps",
-            save_steps=1,
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        return FederatedTrainer(
-            model=make_model(),
-            args=arguments,
-            train_dataset=make_rows(7, seed=1),
-            processing_class=tokenizer,
-            peft_config=make_lora(lora_dropout=0.1),
-            callbacks=list(callbacks),
+        values = {"enable_jit_checkpoint": True, "save_strategy": "epoch", "num_rounds": 2}
+        return make_trainer(directory, tokenizer, "waves", callbacks, **values)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = make(tmp_path / "stopped", Terminate(event, step))
+    stopped.train()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert stopped.state.global_step == saved
+    whole, resumed = make(tmp_path / "whole"), make(tmp_path / "stopped")
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize(("event", "step"), [("on_pre_optimizer_step", 1), ("on_step_end", 4)])
+def test_a_single_client_that_was_told_to_end_goes_on(tmp_path, tokenizer, event, step):
+    make_single(tmp_path, tokenizer, Terminate(event, step), enable_jit_checkpoint=True, save_strategy="no").train()
+    whole, resumed = make_single(tmp_path / "whole", tokenizer), make_single(tmp_path, tokenizer)
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def test_saving_when_told_to_end_is_refused_in_several_processes(tmp_path, monkeypatch):
+    args = make_args(tmp_path, enable_jit_checkpoint=True)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="`enable_jit_checkpoint=True` saves in the middle of a round"):
+        FederatedTrainer(
+            model="no/such/model",
+            args=args,
+            train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
+            peft_config=make_lora(),
         )
 
-    whole = make(tmp_path / "whole")
+
+def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer):
+    whole = make_single(tmp_path / "whole", tokenizer)
     whole.train()
     for step in (2, 4, 9):
         with pytest.raises(Interrupted):
-            make(tmp_path / str(step), InterruptAfterSave(step)).train()
-        resumed = make(tmp_path / str(step))
+            make_single(tmp_path / str(step), tokenizer, InterruptAfterSave(step)).train()
+        resumed = make_single(tmp_path / str(step), tokenizer)
         resumed.train(resume_from_checkpoint=True)
-        assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+        assert_same_run(resumed, whole)
 
 
 def test_training_twice_starts_from_the_beginning(tmp_path, tokenizer):
@@ -259,6 +329,14 @@ def test_a_round_that_a_callback_cut_short_does_not_mislead_a_resumed_run(tmp_pa
     assert max_difference(weights_of(whole), weights_of(resumed)) == 0
 
 
+class SetClockBack(TrainerCallback):
+    """Every checkpoint is of a later day than those after it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        day = time.time() + 86400 * (100 - state.global_step)
+        os.utime(Path(args.output_dir) / f"checkpoint-{state.global_step}", (day, day))
+
+
 def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokenizer, monkeypatch):
     def make():
         return FederatedTrainer(
@@ -267,6 +345,7 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
             train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
             processing_class=tokenizer,
             peft_config=make_lora(),
+            callbacks=[SetClockBack()],
         )
 
     written = []
@@ -286,6 +365,30 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.round_history) == 3
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+    # Written again, the only one there is stays until the new one is whole.
+    monkeypatch.setattr("hf_fedsa.trainer.write_manifest", dying)
+    with pytest.raises(Interrupted):
+        resumed._save_checkpoint(resumed.model, None)
+    monkeypatch.undo()
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert_same_run(again, resumed)
+    again._save_checkpoint(again.model, None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_a_checkpoint_holds_what_was_written_with_it_alone(tmp_path, tokenizer):
+    strange = [f"checkpoint-2/federation_state/{kind}/client_3.safetensors" for kind in ("clients", "optimizers")]
+    for name in (*strange, "checkpoint-2/federation_state/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"of another run")
+    interrupted(tmp_path, tokenizer, step=2)
+    assert not [name for name in strange if (tmp_path / name).exists()]
+    resumed, whole = make_trainer(tmp_path, tokenizer, "waves"), make_trainer(tmp_path / "whole", tokenizer, "waves")
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert_same_run(resumed, whole)
 
 
 def test_a_plain_run_after_a_failed_resume_starts_from_the_beginning(tmp_path, tokenizer, monkeypatch):

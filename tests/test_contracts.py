@@ -7,6 +7,7 @@ import ast
 import copy
 import inspect
 import re
+import signal
 from pathlib import Path
 
 import accelerate
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils as integrations
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -684,6 +686,16 @@ def test_users_callbacks_come_in_the_order_in_which_they_are_passed(tokenizer, t
     assert callbacks.index(first) < callbacks.index(second), (
         "Rounds are opened and closed by a callback that must run before those of the user."
     )
+
+
+def test_who_listens_for_the_signal_to_end_is_a_callback_that_can_be_asked(tokenizer, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = make_sft(tokenizer, tmp_path, enable_jit_checkpoint=True)
+    (listener,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
+    assert listener.jit_manager.is_checkpoint_requested is False, "hf_fedsa asks it whether to save, and answers it."
+    assert signal.getsignal(signal.SIGTERM) != handler
+    listener.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_logging_clears_the_flag_that_asks_for_it(tokenizer, tmp_path):
