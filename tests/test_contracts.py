@@ -23,9 +23,11 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_mod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils as integrations
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -57,6 +59,16 @@ PRIVATE_NAMES = {
         Trainer,
         ("resume_from_checkpoint", "model"),
         "overrides it to load the federation in place of one adapter",
+    ),
+    "_load_optimizer_and_scheduler": (
+        Trainer,
+        ("checkpoint",),
+        "overrides it to go on with the schedule of the present arguments, and with other numbers of slots",
+    ),
+    "_remove_unused_columns": (
+        Trainer,
+        ("dataset", "description"),
+        "calls it to hash what is trained on of every client's rows",
     ),
     "_push_from_checkpoint": (
         Trainer,
@@ -632,6 +644,17 @@ def test_resuming_restores_optimizer_and_schedule_before_training_begins(tokeniz
     trainer = run_recorder(tokenizer, tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     (begin,) = trainer.details["on_train_begin"]
     assert (begin["step"], begin["scheduler_steps"]) == (1, 1)
+
+
+def test_a_checkpoint_holds_the_schedule_by_itself(tokenizer, tmp_path):
+    trainer = run_recorder(tokenizer, tmp_path, save_strategy="steps", save_steps=1, lr_scheduler_type="cosine")
+    state = torch.load(tmp_path / "checkpoint-1" / SCHEDULER_NAME, weights_only=True)
+    schedule = trainer.lr_scheduler
+    assert isinstance(schedule, LambdaLR) and state.keys() == schedule.state_dict().keys(), "See `_schedule_at`."
+    (rate,), (function,) = {*schedule.base_lrs}, {*schedule.lr_lambdas}
+    assert state["_last_lr"] == [rate * function(state["last_epoch"])] * len(trainer.optimizer.param_groups)
+    schedule.load_state_dict({**state, "last_epoch": 0, "_last_lr": [3.0] * len(state["_last_lr"])})
+    assert (schedule.last_epoch, set(schedule.get_last_lr())) == (0, {3.0})
 
 
 def test_a_training_step_averages_over_the_number_of_micro_batches_it_finds(tokenizer, tmp_path):
