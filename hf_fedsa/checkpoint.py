@@ -24,6 +24,9 @@ from .state import (
 
 logger = logging.getLogger(__name__)
 
+# Differences that a message names with both values.
+_MOST_SHOWN = 3
+
 
 def make_room(checkpoint: Path) -> None:
     """
@@ -159,9 +162,6 @@ def check_changes(
             + (f" {own} is of this run." if own else "")
         )
     return frozenset(change.name for change in changes)
-
-
-_MOST_SHOWN = 3
 
 
 def check_position(

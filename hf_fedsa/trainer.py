@@ -1539,6 +1539,9 @@ class FederatedMixin:
         )
         server = {f"shared|{key}": tensor for key, tensor in self._shared.items()}
         server |= {f"mean|{key}": tensor for key, tensor in self._mean.mean.items()}
+        # Clients that have not trained yet start from these, which a head without a seed has anew in every process.
+        server |= {f"initial_shared|{key}": tensor for key, tensor in self._initial_shared.items()}
+        server |= {f"initial_local|{key}": tensor for key, tensor in self._initial_local.items()}
         write_safetensors(folder / "server.safetensors", server)
         for client_id in self._clients:
             write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
@@ -1737,12 +1740,15 @@ class FederatedMixin:
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
-                run that was never interrupted.
+                run that was never interrupted. The run may have more rounds than were planned, other
+                `parallel_clients` and, at a round's end, another number of processes; for anything else that results
+                depend on, see `args.resume_with_changes`.
             trial, ignore_keys_for_eval:
                 See [`~transformers.Trainer.train`].
 
         Raises:
-            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
+            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
+                stands where this run cannot go on.
         """
         self._resuming, self._resumed = False, Resumption()
         if self.spans_processes:
@@ -1782,10 +1788,13 @@ class FederatedMixin:
             check_position(checkpoint, state, changes, self.args.rounds, self.args.world_size)
 
         self._progress, self._resumed = self._position_of(state, changes)
-        server = load_file(folder / "server.safetensors")
-        self._shared = {k.removeprefix("shared|"): t for k, t in server.items() if k.startswith("shared|")}
-        mean = {k.removeprefix("mean|"): t for k, t in server.items() if k.startswith("mean|")}
-        self._mean = WeightedMean(mean, self._progress.mean_weight)
+        server: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / "server.safetensors").items():
+            kind, key = name.split("|", 1)
+            server.setdefault(kind, {})[key] = tensor
+        self._shared = server["shared"]
+        self._initial_shared, self._initial_local = server["initial_shared"], server["initial_local"]
+        self._mean = WeightedMean(server.get("mean", {}), self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
         with self._first_process_first():
