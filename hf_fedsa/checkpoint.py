@@ -51,6 +51,8 @@ def remove_replaced(checkpoint: Path) -> None:
 
 def restore_replaced(checkpoint: Path) -> None:
     """Deletes a checkpoint that could not be finished, and puts what it was to replace back in its place."""
+    if has_manifest(checkpoint):
+        return  # There was not even room made for the new one.
     shutil.rmtree(checkpoint, ignore_errors=True)
     if _replaced(checkpoint).is_dir():
         _replaced(checkpoint).rename(checkpoint)

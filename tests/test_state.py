@@ -546,6 +546,10 @@ class TestReplacing:
         assert list(checkpoint.parent.iterdir()) == [checkpoint]
         check_manifest(checkpoint)
 
+    def test_one_that_could_not_be_begun_leaves_the_old_one_in_place(self, checkpoint):
+        restore_replaced(checkpoint)
+        check_manifest(checkpoint)
+
     def test_nothing_is_needed_where_nothing_is(self, tmp_path):
         for change in (make_room, remove_replaced, restore_replaced):
             change(tmp_path / "checkpoint-1")
