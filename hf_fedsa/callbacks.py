@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 if TYPE_CHECKING:
     from .trainer import FederatedMixin
@@ -75,6 +76,49 @@ class RoundCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.end_run()
+
+
+class JITCheckpointAtStepEnd(TrainerCallback):
+    """
+    Saves when the process is told to end (`enable_jit_checkpoint`), at the end of the step that is running.
+
+    The Trainer's own callback would save between a step's gradients and its weights, or before the step is counted as
+    one of the round. It is kept to listen for the signal. What is saved is an ordinary checkpoint, and the round that
+    the end of the run cuts short is not saved over it.
+
+    Args:
+        listener (`JITCheckpointCallback`):
+            The Trainer's own callback.
+    """
+
+    def __init__(self, listener: JITCheckpointCallback):
+        self.listener = listener
+        self._saved_in_round = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._saved_in_round = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._saved_in_round = self._save_if_requested(control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self._saved_in_round:
+            control.should_save = control.should_evaluate = False
+        else:
+            self._save_if_requested(control)
+
+    def _save_if_requested(self, control: TrainerControl) -> bool:
+        manager = self.listener.jit_manager
+        if not manager.is_checkpoint_requested:
+            return False
+        manager.is_checkpoint_requested = False
+        # An evaluation may take longer than the process has left.
+        control.should_evaluate = False
+        control.should_save = control.should_training_stop = True
+        return True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.listener.on_train_end(args, state, control, **kwargs)
 
 
 class FederatedProgressCallback(ProgressCallback, FederatedCallback):

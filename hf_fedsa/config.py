@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from trl import SFTConfig
 
+from .identity import check_names_of_changes
+
 # Adapters that train at the same time unless the user says otherwise. Four rows fill the wide matrix products of small
 # batches; beyond that, activations grow faster than the time saved on reading the base weights.
 DEFAULT_PARALLEL_CLIENTS = 4
@@ -46,6 +48,13 @@ class FederatedConfig(SFTConfig):
         client_store_dir (`str`, *optional*):
             Directory for the tensors of clients that are not training. `None` keeps them in memory, or, with several
             processes, in `client_store` in `output_dir`, which all processes must see.
+
+        resume_with_changes (`list[str]`, *optional*):
+            What may differ between a checkpoint and the run that goes on from it: names of arguments, of entries of
+            the adapter's config, and `"train_dataset"`, `"base_model"` or `"optimizer_cls_and_kwargs"`. Everything
+            that results depend on is compared, and any other difference is an error. A change holds from the
+            checkpoint on, which must be of a round's end; `num_rounds` and what results do not depend on may always
+            change. `None` means that nothing may.
 
         > Aggregation
 
@@ -136,6 +145,14 @@ class FederatedConfig(SFTConfig):
         metadata={
             "help": "Directory for the tensors of clients that are not training. None keeps them in memory, or, with "
             "several processes, in output_dir."
+        },
+    )
+    resume_with_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of what may differ between a checkpoint and the run that goes on from it: arguments, "
+            "entries of the adapter's config, train_dataset, base_model. Any other difference in what results depend "
+            "on is an error."
         },
     )
     aggregation_weighting: str = field(
@@ -244,6 +261,9 @@ class FederatedConfig(SFTConfig):
                 f"`fsdp={self.fsdp!r}` shards parameters over processes, but here each process trains clients of its "
                 "own. Leave it out; `bitsandbytes` quantization saves the memory instead."
             )
+        if isinstance(self.resume_with_changes, str):
+            self.resume_with_changes = [self.resume_with_changes]
+        check_names_of_changes(self.resume_with_changes or ())
         if isinstance(self.hub_clients, str):
             self.hub_clients = [self.hub_clients]
         if self.num_rounds is not None:

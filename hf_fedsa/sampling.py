@@ -230,6 +230,7 @@ def plan_round(
     num_processes: int = 1,
     process_index: int = 0,
     row_lengths: Mapping[str, float] | None = None,
+    trained: Sequence[Wave] = (),
 ) -> Round:
     """
     Samples a round's clients and groups them into waves of at most `parallel_clients` per process.
@@ -255,6 +256,9 @@ def plan_round(
             of steps, some of which a process may have nothing to do in.
         row_lengths (`Mapping[str, float]`, *optional*):
             Mean length of each client's rows, in tokens. `None` takes all to be alike.
+        trained (`Sequence[Wave]`, *optional*, defaults to `()`):
+            The round's first waves, where they have trained before the run was interrupted, or are about to go on.
+            The other clients are grouped anew.
 
     Raises:
         `ValueError`: `sampler` returned no client, one twice, or one that does not exist.
@@ -272,9 +276,10 @@ def plan_round(
         )
     steps = {client_id: work.num_steps(num_rows[client_id]) for client_id in client_ids}
     lengths = row_lengths or dict.fromkeys(client_ids, 1.0)
-    by_length = sorted(client_ids, key=lambda client_id: (-steps[client_id], -lengths[client_id], client_id))
+    left = set(client_ids).difference(*(wave.client_ids for wave in trained))
+    by_length = sorted(left, key=lambda client_id: (-steps[client_id], -lengths[client_id], client_id))
     size = parallel_clients * num_processes
-    waves = []
+    waves = list(trained)
     for group in (by_length[i : i + size] for i in range(0, len(by_length), size)):
         shares = _deal(group, {c: steps[c] * lengths[c] for c in group}, num_processes, parallel_clients)
         wave_steps = tuple(steps[client_id] for client_id in group)

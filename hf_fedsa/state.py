@@ -4,8 +4,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -275,6 +275,17 @@ class RunState:
             results_after_round=self.results_after_round,
         )
 
+    def before_wave(self, client_ids: Sequence[str], bytes_down: int) -> "RunState":
+        """The state before the clients of the open wave took their first step. `bytes_down` were sent to them."""
+        return replace(
+            self,
+            wave_open=False,
+            wave_steps=0,
+            losses={client_id: loss for client_id, loss in self.losses.items() if client_id not in client_ids},
+            left_out={client_id: fault for client_id, fault in self.left_out.items() if client_id not in client_ids},
+            bytes_down=self.bytes_down - bytes_down,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -283,6 +294,9 @@ class RunState:
 
 STATE_FOLDER = "federation_state"
 _MANIFEST = "manifest.json"
+# Added to the name of a checkpoint while another one of its step is written in its place.
+REPLACED = ".replaced"
+CHECKPOINT_FOLDER = rf"checkpoint-(\d+)({re.escape(REPLACED)})?"
 
 
 class CheckpointError(ValueError):
@@ -298,6 +312,11 @@ def write_manifest(checkpoint: Path) -> None:
         for path in paths
     }
     write_json(manifest, files)
+
+
+def has_manifest(checkpoint: Path) -> bool:
+    """Whether the writing of a checkpoint was finished."""
+    return (checkpoint / STATE_FOLDER / _MANIFEST).is_file()
 
 
 def check_manifest(checkpoint: Path) -> None:
@@ -346,28 +365,40 @@ def check_same_federation(saved: Mapping[str, Any], current: Mapping[str, Any], 
                 entry = next(name for name in [*before, *now] if before.get(name) != now.get(name))
                 key, before, now = f"{key}.{entry}", before.get(entry), now.get(entry)
             raise CheckpointError(
-                f"{checkpoint} was written by another federation: its `{key}` is {_brief(before)}, this run's is "
-                f"{_brief(now)}. Resume with the arguments of that run, or start anew in another `output_dir`."
+                f"{checkpoint} was written by another federation: its `{key}` is {brief(before)}, this run's is "
+                f"{brief(now)}. Resume with the arguments of that run, or start anew in another `output_dir`."
             )
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value in a message."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def newest_whole_checkpoint(output_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """Finds the checkpoint with the highest step that is whole, calling `warn` for each newer one passed over."""
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run, see [`RunState`] and `hf_fedsa.identity`."""
+    return json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+
+
+def newest_whole_checkpoint(
+    output_dir: Path, warn: Callable[[str], None], accept: Callable[[Path], bool] = lambda checkpoint: True
+) -> Path | None:
+    """
+    Finds the checkpoint with the highest step that is whole, calling `warn` for each newer one passed over. Those that
+    `accept` does not accept are no candidates.
+    """
     numbered = [
-        (int(match.group(1)), path)
+        (int(match.group(1)), match.group(2) is None, path)
         for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
+        if path.is_dir() and (match := re.fullmatch(CHECKPOINT_FOLDER, path.name))
     ]
-    for _, path in sorted(numbered, reverse=True):
+    for _, _, path in sorted(numbered, reverse=True):
         try:
             check_manifest(path)
         except CheckpointError as error:
             warn(f"Passing over {path}: {error}")
         else:
-            return path
+            if accept(path):
+                return path
     return None

@@ -7,7 +7,6 @@ import functools
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -27,6 +26,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
@@ -35,9 +35,11 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -45,12 +47,37 @@ from trl.trainer.utils import FusedCausalLMOutput
 from . import hub
 from .aggregation import WeightedMean
 from .base_layers import GradientProbe, keep_layout
-from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
+from .callbacks import (
+    FederatedCallback,
+    FederatedProgressCallback,
+    JITCheckpointAtStepEnd,
+    RoundCallback,
+    log_line,
+    round_metrics,
+)
 from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
+from .checkpoint import (
+    Resumption,
+    check_changes,
+    check_position,
+    delete_older_checkpoints,
+    make_room,
+    remove_replaced,
+    restore_replaced,
+)
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .data import rows_of
 from .evaluation import kept_in_precision
 from .folder import saving
+from .identity import (
+    SCHEDULES_BY_METRIC,
+    defaults_of,
+    describe_adapter,
+    describe_arguments,
+    describe_base,
+    plain,
+    row_fingerprints,
+)
 from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
@@ -67,8 +94,8 @@ from .state import (
     MemoryClientStore,
     RunState,
     check_manifest,
-    check_same_federation,
     newest_whole_checkpoint,
+    read_state,
     validate_client_ids,
     write_json,
     write_manifest,
@@ -203,6 +230,8 @@ class FederatedMixin:
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.pop_callback(ProgressCallback)
             self.add_callback(FederatedProgressCallback(args.rounds))
+        if args.enable_jit_checkpoint:
+            self.add_callback(JITCheckpointAtStepEnd(self.pop_callback(JITCheckpointCallback)))
 
         # Rows
         self._rows_of = self._find_rows()
@@ -257,6 +286,9 @@ class FederatedMixin:
         self._schedule_at_round_start: dict[str, Any] | None = None
         self._loss_scale_before_wave: dict[str, Any] = {}
         self._resuming = False
+        self._resumed = Resumption()
+        self._ends_round_first = False
+        self._schedule_length = 0
         self._owns_store = self._store_dir is None
         self._rounds: list[Round] = []
         # What is written of the federation
@@ -491,6 +523,7 @@ class FederatedMixin:
                 num_processes=self.args.world_size,
                 process_index=self.args.process_index,
                 row_lengths=lengths,
+                trained=self._resumed.trained if round_index == self._progress.rounds_done else (),
             )
             for round_index in range(self.args.rounds)
         ]
@@ -574,7 +607,8 @@ class FederatedMixin:
         if self._keeps_trainer_loop:
             return values
         epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
-        max_steps = sum(round_.num_steps for round_ in self._rounds)
+        # Rounds done may have been of other lengths than they would be by the present arguments.
+        max_steps = self._round_began_at() + sum(round_.num_steps for round_ in self._rounds_left())
         work = self._local_work()
         local_steps = sum(work.num_steps(len(self._rows_of[c])) for round_ in self._rounds for c in round_.client_ids)
         num_samples = local_steps * work.batch_size * work.accumulation_steps
@@ -595,12 +629,25 @@ class FederatedMixin:
         epochs_trained, steps_trained = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        if self._keeps_trainer_loop:
+            # Saved after its last step, the round was to be closed by the end of the epoch, which is not to come.
+            self._ends_round_first = resume_from_checkpoint is not None and steps_trained == 0
         if self._keeps_trainer_loop or resume_from_checkpoint is None:
             return epochs_trained, steps_trained
         # Earlier rounds may also have been shorter than planned, if a callback ended them.
-        progress = self._progress
-        round_began_at = progress.history[-1]["step"] if progress.history else 0
-        return progress.rounds_done, (self.state.global_step - round_began_at) * self.args.gradient_accumulation_steps
+        if self._resumed.steps_back:
+            self.state.global_step -= self._resumed.steps_back
+            taken = self.state.global_step
+            self.state.log_history = [line for line in self.state.log_history if line["step"] <= taken]
+        steps_trained = self.state.global_step - self._round_began_at()
+        return self._progress.rounds_done, steps_trained * self.args.gradient_accumulation_steps
+
+    def _round_began_at(self) -> int:
+        """Steps of the rounds done, of a run that goes on."""
+        return self._progress.history[-1]["step"] if self._resuming and self._progress.history else 0
+
+    def _rounds_left(self) -> list[Round]:
+        return self._rounds[self._progress.rounds_done if self._resuming else 0 :]
 
     # Computation
 
@@ -810,17 +857,21 @@ class FederatedMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
         if not self._keeps_trainer_loop:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
-            num_training_steps = sum(round_.local_steps for round_ in self._rounds)
+            num_training_steps = self._resumed.scheduled_before + sum(r.local_steps for r in self._rounds_left())
+            self._schedule_length = num_training_steps
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
     def _steps_schedule(self) -> bool:
         # Schedulers that follow a metric are stepped by evaluations, not by optimizer steps.
-        return not self._keeps_trainer_loop and self.args.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")
+        return not self._keeps_trainer_loop and self.args.lr_scheduler_type not in SCHEDULES_BY_METRIC
 
     def _rewind_schedule(self) -> None:
         self.lr_scheduler.load_state_dict(copy.deepcopy(self._schedule_at_round_start))
-        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+        self._set_rates(self.lr_scheduler.get_last_lr())
+
+    def _set_rates(self, rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
     def _optimizer_entries(self) -> dict[tuple[int, str], int]:
@@ -877,7 +928,9 @@ class FederatedMixin:
             self._shared = clone_tensors(self._initial_shared)
             self._mean, self._progress = WeightedMean(), RunState()
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-        self._resuming = False
+        elif self._ends_round_first:
+            self.end_round()
+        self._resuming = self._ends_round_first = False
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
@@ -1445,28 +1498,33 @@ class FederatedMixin:
         write_text(directory / "rounds.jsonl", lines)
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must share with this run: whatever a shape or the plan of the rounds depends on."""
-        work = self._local_work()
+        """All that the results depend on, see `hf_fedsa.identity`."""
         config = self._slots.config
-        return {
+        base = self.model.get_base_model()
+        identity = {
             "method": self._slots.method.name,
-            "base_model": _base_model_name(self.model),
             "client_ids": sorted(self.client_ids),
-            "num_rows": {client_id: len(self._rows_of[client_id]) for client_id in sorted(self.client_ids)},
             "r": config.r,
-            "lora_alpha": getattr(config, "lora_alpha", None),
             "tensors": {key: list(p.shape) for key, p in self._slots.parameters[0].items()},
             "share_modules_to_save": self.args.share_modules_to_save,
             "origin": self._origin and self._origin["shared_sha256"],
             "trains_shared": self._trains_shared,
-            "seed": self.args.seed,
-            "data_seed": self.args.data_seed,
-            "clients_per_round": self.args.clients_per_round,
-            "client_sampling": self.args.client_sampling,
-            "parallel_clients": len(self._slots),
-            "num_processes": self.args.world_size,
-            "work": dataclasses.asdict(work),
+            "base_model": _base_model_name(self.model),
+            "base": describe_base(base, revision=(self.args.model_init_kwargs or {}).get("revision")),
+            "num_rows": {client_id: len(self._rows_of[client_id]) for client_id in sorted(self.client_ids)},
+            "rows": self._row_fingerprints,
+            "optimizer": plain(self.optimizer_cls_and_kwargs),
+            "adapter": describe_adapter(config),
+            "arguments": describe_arguments(self.args),
         }
+        if self._keeps_trainer_loop:
+            # Its batches are those of all processes together.
+            identity["num_processes"] = self.args.world_size
+        return identity
+
+    @functools.cached_property
+    def _row_fingerprints(self) -> dict[str, str]:
+        return row_fingerprints(self._remove_unused_columns(self.train_dataset), self._rows_of)
 
     def _save_state(self, checkpoint: Path) -> None:
         """All of the federation that a resumed run needs. The Trainer adds optimizer, schedule and generators."""
@@ -1481,6 +1539,9 @@ class FederatedMixin:
         )
         server = {f"shared|{key}": tensor for key, tensor in self._shared.items()}
         server |= {f"mean|{key}": tensor for key, tensor in self._mean.mean.items()}
+        # Clients that have not trained yet start from these, which a head without a seed has anew in every process.
+        server |= {f"initial_shared|{key}": tensor for key, tensor in self._initial_shared.items()}
+        server |= {f"initial_local|{key}": tensor for key, tensor in self._initial_local.items()}
         write_safetensors(folder / "server.safetensors", server)
         for client_id in self._clients:
             write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
@@ -1494,9 +1555,18 @@ class FederatedMixin:
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(checkpoint))
         torch.save(self.args, checkpoint / "training_args.bin")
-        state = {"identity": self._identity(), "progress": progress.to_dict()}
+        state = {
+            "identity": self._identity(),
+            "progress": progress.to_dict(),
+            "parallel_clients": len(self._slots),
+            "num_processes": self.args.world_size,
+        }
+        if not self._keeps_trainer_loop:
+            left = sum(round_.local_steps for round_ in self._rounds[progress.rounds_done :])
+            state["scheduled_before"] = self._schedule_length - left
         if progress.round_open:
             state["round_clients"] = self._current_round().client_ids
+            state["waves"] = [dataclasses.asdict(wave) for wave in self._current_round().waves]
         write_json(folder / "state.json", state)
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
@@ -1505,11 +1575,14 @@ class FederatedMixin:
         run_dir = Path(self._get_output_dir(trial=trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
         try:
+            if self.args.should_save:
+                make_room(checkpoint)
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
             if self.args.should_save and not self.args.save_only_model:
                 write_manifest(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            restore_replaced(checkpoint)
             kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
             raise OSError(
                 f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
@@ -1519,7 +1592,8 @@ class FederatedMixin:
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, use_mtime=True)
+            remove_replaced(checkpoint)
+            delete_older_checkpoints(checkpoint, limit)
 
     # Hub
 
@@ -1666,14 +1740,17 @@ class FederatedMixin:
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
-                run that was never interrupted.
+                run that was never interrupted. The run may have more rounds than were planned, other
+                `parallel_clients` and, at a round's end, another number of processes; for anything else that results
+                depend on, see `args.resume_with_changes`.
             trial, ignore_keys_for_eval:
                 See [`~transformers.Trainer.train`].
 
         Raises:
-            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
+            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
+                stands where this run cannot go on.
         """
-        self._resuming = False
+        self._resuming, self._resumed = False, Resumption()
         if self.spans_processes:
             # Prepared as for evaluation, the model is not wrapped in `DistributedDataParallel`: its gradients are
             # those of this process's clients, and are not to be averaged.
@@ -1700,19 +1777,31 @@ class FederatedMixin:
         checkpoint = Path(resume_from_checkpoint)
         check_manifest(checkpoint)
         folder = checkpoint / STATE_FOLDER
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        check_same_federation(state["identity"], json.loads(json.dumps(self._identity())), checkpoint)
+        state = read_state(checkpoint)
+        changes = check_changes(
+            checkpoint,
+            self._identity(),
+            meant=self.args.resume_with_changes or (),
+            defaults=defaults_of(self._slots.config, self.args),
+        )
+        if not self._keeps_trainer_loop:
+            check_position(checkpoint, state, changes, self.args.rounds, self.args.world_size)
 
-        self._progress = RunState(**state["progress"])
-        server = load_file(folder / "server.safetensors")
-        self._shared = {k.removeprefix("shared|"): t for k, t in server.items() if k.startswith("shared|")}
-        mean = {k.removeprefix("mean|"): t for k, t in server.items() if k.startswith("mean|")}
-        self._mean = WeightedMean(mean, self._progress.mean_weight)
+        self._progress, self._resumed = self._position_of(state, changes)
+        server: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in load_file(folder / "server.safetensors").items():
+            kind, key = name.split("|", 1)
+            server.setdefault(kind, {})[key] = tensor
+        self._shared = server["shared"]
+        self._initial_shared, self._initial_local = server["initial_shared"], server["initial_local"]
+        self._mean = WeightedMean(server.get("mean", {}), self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
         with self._first_process_first():
             self._claim_store(resuming=True)
-            self._fill_stores({"clients": folder / "clients", "optimizers": folder / "optimizers"})
+            # The state of one kind of optimizer is of no use to another.
+            kept = ("clients",) if changes & set(_OPTIMIZER_KIND) else ("clients", "optimizers")
+            self._fill_stores({name: folder / name for name in kept})
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
@@ -1734,6 +1823,61 @@ class FederatedMixin:
         elif self._keeps_trainer_loop:
             self._slots.load(0, self._client_tensors(self.client_ids[0]))
         self._resuming = True
+
+    def _position_of(self, state: Mapping[str, Any], changes: frozenset[str]) -> tuple[RunState, Resumption]:
+        """
+        Where a checkpoint stands, and how the run goes on from there.
+
+        A wave that was saved in the middle by a run with another number of slots begins anew: its clients' B are in
+        the store, and their steps depend on nothing else.
+        """
+        progress = RunState(**state["progress"])
+        if self._keeps_trainer_loop:
+            return progress, Resumption(changes)
+        trained = [
+            Wave(**{k: tuple(v) if isinstance(v, list) else v for k, v in w.items()}) for w in state.get("waves", [])
+        ]
+        goes_on = progress.wave_open and state["parallel_clients"] == len(self._slots)
+        steps_back = 0
+        if progress.wave_open and not goes_on:
+            steps_back = progress.wave_steps
+            clients = trained[progress.waves_done].client_ids
+            progress = progress.before_wave(clients, bytes_down=len(clients) * count_bytes(self._broadcast()))
+        return progress, Resumption(
+            changes,
+            trained=tuple(trained[: progress.waves_done + goes_on]),
+            steps_back=steps_back,
+            scheduled_before=state["scheduled_before"],
+        )
+
+    # The Trainer would give back the learning rate, the schedule's end and the settings of the run that was saved.
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        if self._keeps_trainer_loop or self._progress.wave_open:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self._resumed.changes & set(_OPTIMIZER_KIND):
+                self._set_optimizer_state({})
+        else:
+            # Between waves the slots hold nobody's state, and there may be more or fewer of them than were saved.
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            self._set_rates(self.lr_scheduler.get_last_lr())
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        if self._resumed.changes:
+            for group, fresh in zip(self.optimizer.param_groups, self._fresh_optimizer_groups, strict=True):
+                group.update({k: copy.deepcopy(v) for k, v in fresh.items() if k != "params"}, initial_lr=fresh["lr"])
+            self.lr_scheduler.base_lrs = [fresh["lr"] for fresh in self._fresh_optimizer_groups]
+        if self._schedule_at_round_start is not None:
+            self._schedule_at_round_start = self._schedule_at(self._schedule_at_round_start["last_epoch"])
+        self.lr_scheduler.load_state_dict(self._schedule_at(self.lr_scheduler.last_epoch))
+        self._set_rates(self.lr_scheduler.get_last_lr())
+
+    def _schedule_at(self, position: int) -> dict[str, Any]:
+        """State of the schedule at a local step, counted over all rounds."""
+        schedule = self.lr_scheduler
+        rates = [rate * f(position) for rate, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        return {**copy.deepcopy(schedule.state_dict()), "last_epoch": position, "_last_lr": rates}
 
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
@@ -2279,6 +2423,11 @@ def _refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
             f"`max_steps={args.max_steps}` would stop in the middle of a round, with some of its clients trained and "
             "others not. Set `num_rounds` with `local_steps` or `local_epochs`."
         )
+    if args.enable_jit_checkpoint and args.world_size > 1:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves in the middle of a round, when each of several processes knows its "
+            "own clients alone. Leave it out: checkpoints at round ends (`save_strategy='epoch'`) are whole."
+        )
     if args.train_sampling_strategy == "batch_rebalance":
         raise ValueError(
             "`train_sampling_strategy='batch_rebalance'` deals rows to processes, but rows belong to clients. Use "
@@ -2298,6 +2447,10 @@ _COLLECTIVES = ("gather", "gather_for_metrics", "pad_across_processes", "prepare
 
 def _unchanged(data: Any, *args, **kwargs) -> Any:
     return data
+
+
+# Arguments with which the optimizer is of another kind.
+_OPTIMIZER_KIND = ("optim", "optim_args", "optim_target_modules", "optimizer_cls_and_kwargs")
 
 
 # Arguments that the model card lists: those that change what is learned, and none that tells of the machine.

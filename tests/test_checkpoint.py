@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from test_invariants import weights_of
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from hf_fedsa import FederatedTrainer
+from hf_fedsa import FederatedConfig, FederatedTrainer
 from hf_fedsa.parameters import adapter_tensors
 from hf_fedsa.state import CheckpointError, write_manifest
 
@@ -51,9 +54,9 @@ SETTINGS = {
 }
 
 
-def make_trainer(directory, tokenizer, setting, callbacks=()):
-    arguments = {"num_rounds": 3, "clients_per_round": 3, "save_strategy": "steps", "save_steps": 1}
-    arguments |= SETTINGS[setting]
+def make_trainer(directory, tokenizer, setting, callbacks=(), **arguments):
+    arguments = {"num_rounds": 3, "clients_per_round": 3, "save_strategy": "steps", "save_steps": 1, **arguments}
+    arguments = {**SETTINGS[setting], **arguments}
     if setting == "disk_store":
         arguments["client_store_dir"] = str(directory / "store")
     return FederatedTrainer(
@@ -93,38 +96,107 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer,
         assert [json.loads(line) for line in lines] == resumed.round_history
 
 
-def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer):
+def assert_same_run(first, second):
+    assert max_difference(weights_of(first), weights_of(second)) == 0
+    histories = [[{**entry, "seconds": None} for entry in run.round_history] for run in (first, second)]
+    assert histories[0] == histories[1]
+    assert first.state.global_step == second.state.global_step
+
+
+SINGLE = {
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+
+
+def make_single(directory, tokenizer, *callbacks, args=None, **arguments):
+    return FederatedTrainer(
+        model=make_model(),
+        args=args or SFTConfig(str(directory), **{**SINGLE, **arguments}),
+        train_dataset=make_rows(7, seed=1),
+        processing_class=tokenizer,
+        peft_config=make_lora(lora_dropout=0.1),
+        callbacks=list(callbacks),
+    )
+
+
+class Terminate(TrainerCallback):
+    """What the Trainer does some seconds after SIGTERM, at an event of the n-th step."""
+
+    def __init__(self, event, step):
+        setattr(self, event, self.request)
+        self.step = step
+
+    def request(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            signal.getsignal(signal.SIGTERM).__self__.is_checkpoint_requested = True
+
+
+# The event at which the request is found, the steps done by then, and those in the checkpoint.
+TERMINATIONS = [
+    ("on_step_begin", 1, 2),
+    ("on_pre_optimizer_step", 4, 5),
+    ("on_step_end", 6, 6),
+    ("on_epoch_end", 6, 6),
+]
+
+
+@pytest.mark.parametrize(("event", "step", "saved"), TERMINATIONS)
+def test_a_run_that_was_told_to_end_goes_on(tmp_path, tokenizer, event, step, saved):
     def make(directory, *callbacks):
-        arguments = SFTConfig(
-            str(directory),
-            num_train_epochs=3,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to="none",
-            save_strategy="steps",
-            save_steps=1,
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        return FederatedTrainer(
-            model=make_model(),
-            args=arguments,
-            train_dataset=make_rows(7, seed=1),
-            processing_class=tokenizer,
-            peft_config=make_lora(lora_dropout=0.1),
-            callbacks=list(callbacks),
+        values = {"enable_jit_checkpoint": True, "save_strategy": "epoch", "num_rounds": 2}
+        return make_trainer(directory, tokenizer, "waves", callbacks, **values)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    stopped = make(tmp_path / "stopped", Terminate(event, step))
+    stopped.train()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{saved}"]
+    assert stopped.state.global_step == saved
+    whole, resumed = make(tmp_path / "whole"), make(tmp_path / "stopped")
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize(("event", "step"), [("on_pre_optimizer_step", 1), ("on_step_end", 4)])
+def test_a_single_client_that_was_told_to_end_goes_on(tmp_path, tokenizer, event, step):
+    make_single(tmp_path, tokenizer, Terminate(event, step), enable_jit_checkpoint=True, save_strategy="no").train()
+    whole, resumed = make_single(tmp_path / "whole", tokenizer), make_single(tmp_path, tokenizer)
+    whole.train()
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_run(resumed, whole)
+
+
+def test_saving_when_told_to_end_is_refused_in_several_processes(tmp_path, monkeypatch):
+    args = make_args(tmp_path, enable_jit_checkpoint=True)
+    monkeypatch.setattr(type(args), "world_size", 2)
+    with pytest.raises(ValueError, match="`enable_jit_checkpoint=True` saves in the middle of a round"):
+        FederatedTrainer(
+            model="no/such/model",
+            args=args,
+            train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
+            peft_config=make_lora(),
         )
 
-    whole = make(tmp_path / "whole")
+
+def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, tokenizer):
+    whole = make_single(tmp_path / "whole", tokenizer)
     whole.train()
     for step in (2, 4, 9):
         with pytest.raises(Interrupted):
-            make(tmp_path / str(step), InterruptAfterSave(step)).train()
-        resumed = make(tmp_path / str(step))
+            make_single(tmp_path / str(step), tokenizer, InterruptAfterSave(step)).train()
+        resumed = make_single(tmp_path / str(step), tokenizer)
         resumed.train(resume_from_checkpoint=True)
-        assert max_difference(weights_of(whole), weights_of(resumed)) == 0
+        assert_same_run(resumed, whole)
 
 
 def test_training_twice_starts_from_the_beginning(tmp_path, tokenizer):
@@ -182,14 +254,16 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(tmp_path, tokenizer, dama
         {"peft_config": make_lora(r=2)},
         {"peft_config": make_lora(use_rslora=True)},
         {"arguments": {"seed": 7}},
-        {"arguments": {"parallel_clients": 1}},
+        {"arguments": {"learning_rate": 0.02}},
+        {"clients": {f"client_{i}": make_rows(3 + 2 * i, seed=10 + i) for i in range(4)}},
     ],
-    ids=["clients", "rank", "variant", "seed", "parallel_clients"],
+    ids=["clients", "rank", "variant", "seed", "learning_rate", "rows"],
 )
 def test_a_checkpoint_of_another_federation_is_refused(tmp_path, tokenizer, change):
     checkpoint = interrupted(tmp_path, tokenizer)
     before = fingerprint(tmp_path)
-    arguments = {"num_rounds": 3, "clients_per_round": 2 if "clients" in change else 3, **SETTINGS["waves"]}
+    arguments = {"num_rounds": 3, "clients_per_round": min(3, len(change.get("clients", "...")))}
+    arguments |= SETTINGS["waves"]
     trainer = FederatedTrainer(
         model=make_model(),
         args=make_args(tmp_path, **{**arguments, **change.get("arguments", {})}),
@@ -209,17 +283,104 @@ def test_resuming_with_nothing_to_resume_says_so(tmp_path, tokenizer):
         make_trainer(tmp_path, tokenizer, "waves").train(resume_from_checkpoint=True)
 
 
-def test_more_rounds_can_be_added_to_a_finished_run(tmp_path, tokenizer):
-    make_trainer(tmp_path, tokenizer, "waves").train()
-    longer = FederatedTrainer(
-        model=make_model(),
-        args=make_args(tmp_path, num_rounds=4, clients_per_round=3, **SETTINGS["waves"]),
-        train_dataset={f"client_{i}": make_rows(3 + 2 * i, seed=i) for i in range(4)},
-        processing_class=tokenizer,
-        peft_config=make_lora(),
+def test_more_rounds_go_on_with_the_schedule_of_the_longer_run(tmp_path, tokenizer):
+    rates = Records()
+    make_trainer(tmp_path / "longer", tokenizer, "waves", [rates], num_rounds=3, save_strategy="no").train()
+    make_trainer(tmp_path, tokenizer, "waves", num_rounds=2).train()
+    for step in (8, 12):  # In the middle of a wave, and at the end.
+        resumed_rates = Records()
+        resumed = make_trainer(tmp_path / str(step), tokenizer, "waves", [resumed_rates], save_strategy="no")
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert [entry["round"] for entry in resumed.round_history] == [0, 1, 2]
+        assert resumed.state.global_step == resumed.state.max_steps == 18
+        assert resumed_rates.steps == {s: rate for s, rate in rates.steps.items() if s > step}
+
+
+def test_fewer_rounds_than_there_were_are_refused(tmp_path, tokenizer):
+    interrupted(tmp_path, tokenizer, step=8)
+    with pytest.raises(CheckpointError, match="`num_rounds=1`, but .*checkpoint-8 stands in round 2. Set"):
+        make_trainer(tmp_path, tokenizer, "waves", num_rounds=1).train(resume_from_checkpoint=True)
+    shorter = make_trainer(tmp_path, tokenizer, "waves", num_rounds=2)
+    shorter.train(resume_from_checkpoint=True)
+    assert len(shorter.round_history) == 2
+
+
+def test_a_single_client_may_train_longer(tmp_path, tokenizer):
+    rates, resumed_rates = Records(), Records()
+    make_single(tmp_path / "longer", tokenizer, rates, num_train_epochs=3, save_strategy="no").train()
+    make_single(tmp_path, tokenizer, num_train_epochs=2).train()
+    make_single(tmp_path, tokenizer, resumed_rates, num_train_epochs=3).train(resume_from_checkpoint=True)
+    assert resumed_rates.steps == {s: rate for s, rate in rates.steps.items() if s > 8}
+
+
+def test_a_change_that_is_meant_holds_from_there_on(tmp_path, tokenizer):
+    rates = Records()
+    make_trainer(tmp_path / "whole", tokenizer, "waves", [rates], save_strategy="no").train()
+    changes = {
+        "learning_rate": 0.04,
+        "weight_decay": 0.5,
+        "local_steps": 2,
+        "optim": "sgd",
+        "resume_with_changes": ["learning_rate", "weight_decay", "local_steps", "optim"],
+    }
+    checkpoint = interrupted(tmp_path, tokenizer, step=8)
+    with pytest.raises(CheckpointError, match="in the middle of a round.*such as .*checkpoint-6"):
+        make_trainer(tmp_path, tokenizer, "waves", **changes).train(resume_from_checkpoint=str(checkpoint))
+    resumed_rates = Records()
+    resumed = make_trainer(tmp_path, tokenizer, "waves", [resumed_rates], **changes)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.state.global_step == resumed.state.max_steps == 6 + 2 * 4
+    (group, *_) = resumed.optimizer.param_groups
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0)
+    # Of 3 + 2 + 2 local steps, 3 are done.
+    expected = [0.04 * (1 - position / 7) for position in (4, 5, 4, 5, 6, 7, 6, 7)]
+    assert list(resumed_rates.steps.values()) == pytest.approx(expected)
+
+    again = make_trainer(tmp_path, tokenizer, "waves", **{**changes, "resume_with_changes": None})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    assert_same_run(again, resumed)
+
+
+def test_a_change_of_the_single_clients_optimizer_that_is_meant_holds(tmp_path, tokenizer):
+    make_single(tmp_path, tokenizer, num_train_epochs=1).train()
+    changes = {"learning_rate": 0.04, "weight_decay": 0.5, "num_train_epochs": 2}
+    args = FederatedConfig(
+        str(tmp_path), **{**SINGLE, **changes}, resume_with_changes=["learning_rate", "weight_decay"]
     )
-    longer.train(resume_from_checkpoint=True)
-    assert [entry["round"] for entry in longer.round_history] == [0, 1, 2, 3]
+    rates = Records()
+    resumed = make_single(tmp_path, tokenizer, rates, args=args)
+    resumed.train(resume_from_checkpoint=True)
+    assert list(rates.steps.values()) == pytest.approx([0.04 * (1 - step / 8) for step in (5, 6, 7, 8)])
+    assert resumed.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert all(float(state["step"]) == 8 for state in resumed.optimizer.state.values())
+
+
+def test_another_number_of_slots_goes_on_from_anywhere(tmp_path, tokenizer):
+    """Three clients per round, 3 steps each: two slots take 3 steps for the first two and 3 for the last one."""
+
+    def resume(name, checkpoint, **slots):
+        resumed = make_trainer(tmp_path / name, tokenizer, "waves", **values, **slots)
+        resumed.train(resume_from_checkpoint=str(checkpoint))
+        assert max_difference(weights_of(resumed), weights_of(whole)) < 1e-5
+        for ours, theirs in zip(resumed.round_history, whole.round_history, strict=True):
+            for name in ("round", "clients", "weights", "bytes_up", "bytes_down", "staleness"):
+                assert ours[name] == theirs[name]
+            assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-5)
+        steps = [line["step"] for line in resumed.state.log_history if "loss" in line]
+        assert steps == list(range(1, resumed.state.max_steps + 1))
+        return resumed.state.max_steps
+
+    values = {"optim": "sgd", "learning_rate": 1.0, "num_rounds": 2}
+    whole = make_trainer(tmp_path, tokenizer, "waves", **values)
+    whole.train()
+    # At a round's end; in its first wave, which begins anew; between its waves; in its second wave.
+    assert resume("end", tmp_path / "checkpoint-6", parallel_clients=1) == 6 + 9
+    assert resume("first", tmp_path / "checkpoint-8", parallel_clients=1) == 6 + 9
+    assert resume("wider", tmp_path / "checkpoint-8", parallel_clients=3) == 6 + 3
+    assert resume("between", tmp_path / "checkpoint-9", parallel_clients=1) == 6 + 6
+    assert resume("second", tmp_path / "checkpoint-11", parallel_clients=3) == 6 + 6
+    # A round that was grouped anew, 4 steps of which are done, goes on with what is left of it.
+    assert resume("again", tmp_path / "first" / "checkpoint-10") == 6 + 3 + 3
 
 
 def test_no_folder_of_a_checkpoint_loads_as_an_adapter_with_b_alone(tmp_path, tokenizer):
@@ -259,6 +420,14 @@ def test_a_round_that_a_callback_cut_short_does_not_mislead_a_resumed_run(tmp_pa
     assert max_difference(weights_of(whole), weights_of(resumed)) == 0
 
 
+class SetClockBack(TrainerCallback):
+    """Every checkpoint is of a later day than those after it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        day = time.time() + 86400 * (100 - state.global_step)
+        os.utime(Path(args.output_dir) / f"checkpoint-{state.global_step}", (day, day))
+
+
 def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokenizer, monkeypatch):
     def make():
         return FederatedTrainer(
@@ -267,6 +436,7 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
             train_dataset={f"client_{i}": make_rows(4, seed=i) for i in range(2)},
             processing_class=tokenizer,
             peft_config=make_lora(),
+            callbacks=[SetClockBack()],
         )
 
     written = []
@@ -286,6 +456,33 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed.round_history) == 3
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+    # Written again, the only one there is stays until the new one is whole.
+    monkeypatch.setattr("hf_fedsa.trainer.write_manifest", dying)
+    with pytest.raises(Interrupted):
+        resumed._save_checkpoint(resumed.model, None)
+    monkeypatch.undo()
+    again = make()
+    again.train(resume_from_checkpoint=True)
+    assert_same_run(again, resumed)
+    again._save_checkpoint(again.model, None)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_a_checkpoint_holds_all_that_was_written_with_it_and_nothing_else(tmp_path, tokenizer):
+    strange = [f"checkpoint-2/federation_state/{kind}/client_3.safetensors" for kind in ("clients", "optimizers")]
+    for name in (*strange, "checkpoint-2/federation_state/manifest.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"of another run")
+    interrupted(tmp_path, tokenizer, step=2)
+    assert not [name for name in strange if (tmp_path / name).exists()]
+    resumed, whole = make_trainer(tmp_path, tokenizer, "waves"), make_trainer(tmp_path / "whole", tokenizer, "waves")
+    # As where every process draws other numbers for what is not loaded.
+    resumed._initial_shared = {key: tensor + 1 for key, tensor in resumed._initial_shared.items()}
+    resumed._initial_local = {key: tensor + 1 for key, tensor in resumed._initial_local.items()}
+    resumed.train(resume_from_checkpoint=True)
+    whole.train()
+    assert_same_run(resumed, whole)
 
 
 def test_a_plain_run_after_a_failed_resume_starts_from_the_beginning(tmp_path, tokenizer, monkeypatch):

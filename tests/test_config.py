@@ -113,6 +113,7 @@ class TestDerived:
             "client_sampling": "uniform",
             "parallel_clients": None,
             "client_store_dir": None,
+            "resume_with_changes": None,
             "aggregation_weighting": "examples",
             "share_modules_to_save": False,
             "reset_optimizer": None,

@@ -7,6 +7,7 @@ import ast
 import copy
 import inspect
 import re
+import signal
 from pathlib import Path
 
 import accelerate
@@ -22,10 +23,13 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_mod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import integration_utils as integrations
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -55,6 +59,16 @@ PRIVATE_NAMES = {
         Trainer,
         ("resume_from_checkpoint", "model"),
         "overrides it to load the federation in place of one adapter",
+    ),
+    "_load_optimizer_and_scheduler": (
+        Trainer,
+        ("checkpoint",),
+        "overrides it to go on with the schedule of the present arguments, and with other numbers of slots",
+    ),
+    "_remove_unused_columns": (
+        Trainer,
+        ("dataset", "description"),
+        "calls it to hash what is trained on of every client's rows",
     ),
     "_push_from_checkpoint": (
         Trainer,
@@ -632,6 +646,17 @@ def test_resuming_restores_optimizer_and_schedule_before_training_begins(tokeniz
     assert (begin["step"], begin["scheduler_steps"]) == (1, 1)
 
 
+def test_a_checkpoint_holds_the_schedule_by_itself(tokenizer, tmp_path):
+    trainer = run_recorder(tokenizer, tmp_path, save_strategy="steps", save_steps=1, lr_scheduler_type="cosine")
+    state = torch.load(tmp_path / "checkpoint-1" / SCHEDULER_NAME, weights_only=True)
+    schedule = trainer.lr_scheduler
+    assert isinstance(schedule, LambdaLR) and state.keys() == schedule.state_dict().keys(), "See `_schedule_at`."
+    (rate,), (function,) = {*schedule.base_lrs}, {*schedule.lr_lambdas}
+    assert state["_last_lr"] == [rate * function(state["last_epoch"])] * len(trainer.optimizer.param_groups)
+    schedule.load_state_dict({**state, "last_epoch": 0, "_last_lr": [3.0] * len(state["_last_lr"])})
+    assert (schedule.last_epoch, set(schedule.get_last_lr())) == (0, {3.0})
+
+
 def test_a_training_step_averages_over_the_number_of_micro_batches_it_finds(tokenizer, tmp_path):
     losses = []
     for number in (1, 4):
@@ -684,6 +709,16 @@ def test_users_callbacks_come_in_the_order_in_which_they_are_passed(tokenizer, t
     assert callbacks.index(first) < callbacks.index(second), (
         "Rounds are opened and closed by a callback that must run before those of the user."
     )
+
+
+def test_who_listens_for_the_signal_to_end_is_a_callback_that_can_be_asked(tokenizer, tmp_path):
+    handler = signal.getsignal(signal.SIGTERM)
+    trainer = make_sft(tokenizer, tmp_path, enable_jit_checkpoint=True)
+    (listener,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
+    assert listener.jit_manager.is_checkpoint_requested is False, "hf_fedsa asks it whether to save, and answers it."
+    assert signal.getsignal(signal.SIGTERM) != handler
+    listener.on_train_end(None, None, None)
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_logging_clears_the_flag_that_asks_for_it(tokenizer, tmp_path):

@@ -143,6 +143,7 @@ class TestLeftOut:
         Unreadable.install(whole, "client_1", only_round=0)
         whole.train()
         again = make(tmp_path / "whole")
+        Unreadable.install(again, "client_1", only_round=-1)
         again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
         assert list(again.round_history[0]["left_out"]) == ["client_1"]
         # Its rows can be read again, and the others' are padded to them.

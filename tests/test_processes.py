@@ -38,10 +38,10 @@ def launch(folder, processes, **arguments):
     return done
 
 
-def alone(folder, **arguments):
+def alone(folder, resume=None, **arguments):
     folder.mkdir(exist_ok=True)
     trainer = make_trainer(folder, **arguments)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     report(trainer, folder)
 
 
@@ -112,22 +112,21 @@ def test_processes_that_would_train_other_rounds_are_stopped(tmp_path):
     assert "`client_sampler` chose other clients for round 0 in one process than in another" in done.stderr
 
 
-def test_checkpoints_are_of_round_ends_and_go_on(tmp_path):
-    arguments = {
-        "num_rounds": 3,
-        "local_steps": 3,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "epoch",
-    }
-    launch(tmp_path / "whole", 2, **arguments)
-    expected, _ = ends(tmp_path / "whole")
-    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
+def test_checkpoints_are_of_round_ends_and_go_on_in_any_number_of_processes(tmp_path):
+    arguments = {"num_rounds": 3, "local_steps": 3, "eval_strategy": "epoch", "optim": "sgd", "learning_rate": 1.0}
+    launch(tmp_path / "two", 2, **arguments, save_strategy="steps", save_steps=2)
+    expected, _ = ends(tmp_path / "two")
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
     assert steps == [3, 6, 9]
-    launch(tmp_path / "whole", 2, **arguments, resume=str(tmp_path / "whole" / "checkpoint-3"))
-    found, told = ends(tmp_path / "whole")
-    assert max_difference(found, expected) < 1e-6
-    assert len(told["history"]) == 3
+
+    # One process takes two waves for what two processes do in one.
+    alone(tmp_path / "one", **arguments, save_strategy="epoch", resume=str(tmp_path / "two" / "checkpoint-3"))
+    assert sorted(path.name for path in (tmp_path / "one").glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-9"]
+    launch(tmp_path / "again", 2, **arguments, resume=str(tmp_path / "one" / "checkpoint-9"))
+    for name in ("one", "again"):
+        found, told = ends(tmp_path / name)
+        assert max_difference(found, expected) < 1e-5
+        assert len(told["history"]) == 3
 
 
 def test_ctrl_c_ends_all_processes(tmp_path):

@@ -9,6 +9,7 @@ from conftest import max_difference
 from safetensors.torch import load_file
 
 from hf_fedsa import state
+from hf_fedsa.checkpoint import delete_older_checkpoints, make_room, remove_replaced, restore_replaced
 from hf_fedsa.state import (
     STATE_FOLDER,
     CheckpointError,
@@ -512,6 +513,76 @@ class TestNewestCheckpoint:
 
     def test_a_folder_that_is_not_there_has_none(self, tmp_path):
         assert newest_whole_checkpoint(tmp_path / "absent", warn=pytest.fail) is None
+
+
+class TestReplacing:
+    """A checkpoint that is written where another one of its step lies."""
+
+    @pytest.fixture
+    def checkpoint(self, tmp_path):
+        return make_checkpoint(tmp_path / "checkpoint-9")
+
+    def newest(self, checkpoint):
+        return newest_whole_checkpoint(checkpoint.parent, warn=lambda message: None)
+
+    def test_a_finished_one_is_found_until_the_new_one_is_whole(self, checkpoint):
+        make_room(checkpoint)
+        assert not checkpoint.exists()
+        assert (old := self.newest(checkpoint)) is not None
+        checkpoint.mkdir()
+        (checkpoint / "half").write_text("")
+        assert self.newest(checkpoint) == old
+        make_room(checkpoint)  # Of what was not finished nothing is kept.
+        assert self.newest(checkpoint) == old
+        make_checkpoint(checkpoint)
+        assert self.newest(checkpoint) == checkpoint
+        remove_replaced(checkpoint)
+        assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+    def test_one_that_could_not_be_written_leaves_the_old_one_in_place(self, checkpoint):
+        make_room(checkpoint)
+        checkpoint.mkdir()
+        restore_replaced(checkpoint)
+        assert list(checkpoint.parent.iterdir()) == [checkpoint]
+        check_manifest(checkpoint)
+
+    def test_one_that_could_not_be_begun_leaves_the_old_one_in_place(self, checkpoint):
+        restore_replaced(checkpoint)
+        check_manifest(checkpoint)
+
+    def test_nothing_is_needed_where_nothing_is(self, tmp_path):
+        for change in (make_room, remove_replaced, restore_replaced):
+            change(tmp_path / "checkpoint-1")
+        assert not list(tmp_path.iterdir())
+
+
+class TestDeletingOlder:
+    @pytest.mark.parametrize(
+        ("there", "newest", "limit", "left"),
+        [
+            ([2, 4, 10], 10, 1, {10}),
+            ([2, 4, 10], 10, 2, {4, 10}),
+            ([2, 4, 10], 10, None, {2, 4, 10}),
+            ([2, 4, 10], 10, 0, {2, 4, 10}),
+            ([2, 4], 4, 5, {2, 4}),
+            # Of another run, which went further.
+            ([3, 6, 50], 6, 1, {6}),
+            ([3, 6, 50, 40], 6, 2, {3, 6}),
+        ],
+    )
+    def test_steps_count_and_not_the_clock(self, tmp_path, there, newest, limit, left):
+        for step in there:
+            (tmp_path / f"checkpoint-{step}").mkdir()
+            os.utime(tmp_path / f"checkpoint-{step}", (0, 10**9 - step))
+        (tmp_path / "checkpoint-x").mkdir()
+        delete_older_checkpoints(tmp_path / f"checkpoint-{newest}", limit)
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-x", *(f"checkpoint-{step}" for step in left)}
+
+    def test_what_a_crash_left_of_a_replacement_counts(self, tmp_path):
+        for name in ("checkpoint-3.replaced", "checkpoint-3", "checkpoint-6"):
+            (tmp_path / name).mkdir()
+        delete_older_checkpoints(tmp_path / "checkpoint-6", 1)
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-6"]
 
 
 class TestSameFederation:
