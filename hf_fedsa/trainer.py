@@ -52,6 +52,8 @@ from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
+from .processes import first_process_first
+from .run_lock import RunLock
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
 from .slots import SlotRows, Slots, mutates_base, take_rows
@@ -233,6 +235,7 @@ class FederatedMixin:
         if store is None and self.spans_processes:
             store = str(Path(args.output_dir) / "client_store")
         self._store_dir = Path(store) if store is not None else None
+        self._run_lock = RunLock({})
         self._clients = _make_store(self._store_dir, "clients")
         self._optimizers = _make_store(self._store_dir, "optimizers")
         self._mean = WeightedMean()
@@ -862,14 +865,24 @@ class FederatedMixin:
                     "It must depend on its arguments alone, so draw from a generator that is seeded by them."
                 )
 
+    def _first_process_first(self) -> contextlib.AbstractContextManager[None]:
+        return first_process_first(self.is_world_process_zero())
+
     @contextlib.contextmanager
-    def _first_process_first(self) -> Iterator[None]:
-        """Lets the first process of the machines' common disk finish what is in this context before the others."""
-        if not self.is_world_process_zero():
-            self.accelerator.wait_for_everyone()
-        yield
-        if self.is_world_process_zero():
-            self.accelerator.wait_for_everyone()
+    def _alone_in_its_folders(self) -> Iterator[None]:
+        """Within this context no other run can begin in the folders that this one writes to."""
+        folders = {"output_dir": Path(self.args.output_dir)}
+        if self._store_dir is not None:
+            folders["client_store_dir"] = self._store_dir
+        lock = RunLock(folders)
+        try:
+            with self._first_process_first():
+                if self.is_world_process_zero():
+                    lock.acquire()
+            self._run_lock = lock
+            yield
+        finally:
+            lock.release()
 
     def _fill_stores(self, folders: Mapping[str, Path]) -> None:
         """Replaces what the stores hold by the files of folders called `clients` and `optimizers`, or by nothing."""
@@ -980,6 +993,7 @@ class FederatedMixin:
         progress.wave_open, progress.wave_steps = True, 0
 
     def _close_wave(self) -> None:
+        self._run_lock.check()
         progress = self._progress
         wave = self._current_wave()
         # Schedule-free optimizers hold other weights while they train than those to be used.
@@ -1448,6 +1462,7 @@ class FederatedMixin:
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
+        self._run_lock.check()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         run_dir = Path(self._get_output_dir(trial=trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -1616,6 +1631,7 @@ class FederatedMixin:
 
         Raises:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged or was written by another federation.
+            [`~hf_fedsa.run_lock.RunLockError`]: another run is at work in `output_dir` or `client_store_dir`.
         """
         self._resuming = False
         if self.spans_processes:
@@ -1623,6 +1639,12 @@ class FederatedMixin:
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model._is_accelerate_prepared = True
+        with self._alone_in_its_folders():
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         if resume_from_checkpoint is True:
             newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
             if newest is None:
@@ -1630,14 +1652,13 @@ class FederatedMixin:
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no whole checkpoint. Call "
                     "`train()` without it to start from the beginning."
                 )
-            resume_from_checkpoint = str(newest)
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            return str(newest)
+        if resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
             raise CheckpointError(
                 f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is no folder. Pass a `checkpoint-...` "
                 "folder of `output_dir`, or `True` for the newest one there."
             )
-        output = super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
-        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+        return resume_from_checkpoint
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

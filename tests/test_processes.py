@@ -13,6 +13,7 @@ from conftest import max_difference
 from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
+from hf_fedsa import processes
 from hf_fedsa.sampling import LocalWork, plan_round, sample_clients
 
 # Sums are taken in another order by several processes. Adam would make full steps of what that changes.
@@ -147,6 +148,18 @@ def test_ctrl_c_ends_all_processes(tmp_path):
                 os.killpg(process.pid, signal.SIGKILL)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+class TestFirstProcess:
+    def test_its_failure_reaches_those_who_wait_for_it(self, monkeypatch):
+        sent = []
+        monkeypatch.setattr(processes, "broadcast_object_list", lambda told: sent.append(told[0]) or told)
+        with pytest.raises(OSError, match="full"), processes.first_process_first(True):
+            raise OSError("the disk is full")
+        monkeypatch.setattr(processes, "broadcast_object_list", lambda told: sent)
+        with pytest.raises(RuntimeError, match="first process has stopped: OSError: the disk is full"):
+            with processes.first_process_first(False):
+                pytest.fail("it went on")
 
 
 class TestDealing:
