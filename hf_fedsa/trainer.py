@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow.compute
@@ -61,11 +63,13 @@ from .state import (
     STATE_FOLDER,
     CheckpointError,
     ClientStore,
+    ClientStoreError,
     DiskClientStore,
     MemoryClientStore,
     RunState,
     check_manifest,
     check_same_federation,
+    checkpoint_with_copy,
     newest_whole_checkpoint,
     validate_client_ids,
     write_json,
@@ -247,7 +251,7 @@ class FederatedMixin:
         self._schedule_at_round_start: dict[str, Any] | None = None
         self._loss_scale_before_wave: dict[str, Any] = {}
         self._resuming = False
-        self._owns_store = self._store_dir is None
+        self._owns_store = False
         self._rounds: list[Round] = []
         # What is written of the federation
         self._origin: dict[str, Any] | None = None
@@ -424,9 +428,17 @@ class FederatedMixin:
         if client_id in self._slot_of:
             training = self._take_training(client_id)
             return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
-        # Until this run has begun, a store on disk may hold the clients of another.
-        stored = self._owns_store and client_id in self._clients
-        return self._clients.get(client_id) if stored else self._initial_local
+        # Not what the store has: that may be of another run until this one has begun, and what is lost must be missed.
+        return self._stored("clients", client_id) if client_id in self._progress.last_round else self._initial_local
+
+    def _stored(self, store: str, client_id: str) -> dict[str, torch.Tensor]:
+        """What a client that has trained has left in a store."""
+        try:
+            return (self._clients if store == "clients" else self._optimizers).get(client_id)
+        except ClientStoreError as error:
+            checkpoint = checkpoint_with_copy(Path(self.args.output_dir), store, client_id)
+            advice = f"{checkpoint or 'But no whole checkpoint'} {'is whole and ' if checkpoint else ''}has one."
+            raise ClientStoreError(f"{error} {advice}") from error
 
     def _client_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         """The complete adapter a client serves with now, in the dtype of the slots."""
@@ -796,6 +808,11 @@ class FederatedMixin:
         # Schedulers that follow a metric are stepped by evaluations, not by optimizer steps.
         return not self._keeps_trainer_loop and self.args.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy")
 
+    @property
+    def _keeps_optimizers(self) -> bool:
+        """Whether a client's optimizer state waits with its tensors for its next round."""
+        return not self._resets_optimizer and not self._keeps_trainer_loop
+
     def _rewind_schedule(self) -> None:
         self.lr_scheduler.load_state_dict(copy.deepcopy(self._schedule_at_round_start))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -833,8 +850,8 @@ class FederatedMixin:
         state: dict[int, dict[str, Any]] = {}
         entries = self._optimizer_entries()
         for slot, client_id in enumerate(wave.client_ids):
-            if client_id in self._optimizers:
-                for name, value in self._optimizers.get(client_id).items():
+            if client_id in self._progress.last_round:
+                for name, value in self._stored("optimizers", client_id).items():
                     key, *fields, last = name.split("|")
                     entry = state.setdefault(entries[slot, key], {})
                     for field in fields:
@@ -849,11 +866,12 @@ class FederatedMixin:
     def begin_run(self) -> None:
         """Starts from the initial state, unless a checkpoint has just been loaded."""
         if not self._resuming:
+            run_id = uuid4().hex
             with self._first_process_first():
-                self._claim_store(resuming=False)
+                self._claim_store(run_id, resuming=False)
                 self._fill_stores({})
             self._shared = clone_tensors(self._initial_shared)
-            self._mean, self._progress = WeightedMean(), RunState()
+            self._mean, self._progress = WeightedMean(), RunState(run_id=run_id)
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
         self._resuming = False
         if self.spans_processes:
@@ -893,21 +911,29 @@ class FederatedMixin:
             for path in sorted(folders[name].glob("*.safetensors")) if name in folders else ():
                 store.put(path.name.removesuffix(".safetensors"), load_file(path))
 
-    def _claim_store(self, resuming: bool) -> None:
+    def _claim_store(self, run_id: str, resuming: bool) -> None:
         """Makes sure that a store on disk holds no clients of another run before they are replaced."""
-        if self._owns_store:
+        if self._store_dir is None or not self.is_world_process_zero():
             return
-        owner = self._store_dir / "run.json"
-        this_run = {"output_dir": str(Path(self.args.output_dir).resolve()), "client_ids": sorted(self.client_ids)}
-        same_run = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == this_run
-        # A run that died before its first checkpoint has to start anew, and its clients are of no use.
-        nothing_to_resume = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.debug) is None
-        if (list(self._clients) or list(self._optimizers)) and not (same_run and (resuming or nothing_to_resume)):
-            raise ValueError(
-                f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
-                "would overwrite. Resume that run from a checkpoint, or pass another directory."
+        store, output_dir = self._store_dir.resolve(), Path(self.args.output_dir).resolve()
+        # A store inside of the run's folder is moved with it.
+        known_as = os.path.relpath(output_dir, store) if store.is_relative_to(output_dir) else str(output_dir)
+        this_run = {"output_dir": known_as, "client_ids": sorted(self.client_ids), "run_id": run_id}
+        path = self._store_dir / "run.json"
+        if not self._owns_store and (list(self._clients) or list(self._optimizers)):
+            owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            same_place = owner.get("output_dir") in (known_as, str(output_dir))
+            same_run = owner.get("client_ids") == this_run["client_ids"] and (
+                same_place or (resuming and owner.get("run_id") == run_id)
             )
-        write_json(owner, this_run)
+            # A run that died before its first checkpoint has to start anew, and its clients are of no use.
+            nothing_to_resume = newest_whole_checkpoint(output_dir, warn=logger.debug) is None
+            if not (same_run and (resuming or nothing_to_resume)):
+                raise ValueError(
+                    f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
+                    "would overwrite. Resume that run from a checkpoint, or pass another directory."
+                )
+        write_json(path, this_run)
         self._owns_store = True
 
     def begin_round(self) -> None:
@@ -986,7 +1012,7 @@ class FederatedMixin:
         self._slot_of = {client_id: slot for slot, client_id in enumerate(wave.client_ids)}
         if self._resets_optimizer:
             self._set_optimizer_state({})
-        elif not self._keeps_trainer_loop:
+        elif self._keeps_optimizers:
             self._load_optimizer_states(wave)
         if self.accelerator.scaler is not None:
             self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
@@ -1017,7 +1043,7 @@ class FederatedMixin:
             last = progress.last_round.get(client_id)
             progress.staleness[client_id] = None if last is None else progress.rounds_done - last
             progress.last_round[client_id] = progress.rounds_done
-            if not self._resets_optimizer and not self._keeps_trainer_loop:
+            if self._keeps_optimizers:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
         if self._loss_scale_before_wave and any(c in progress.left_out for c in wave.client_ids):
             # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
@@ -1443,10 +1469,9 @@ class FederatedMixin:
         server = {f"shared|{key}": tensor for key, tensor in self._shared.items()}
         server |= {f"mean|{key}": tensor for key, tensor in self._mean.mean.items()}
         write_safetensors(folder / "server.safetensors", server)
-        for client_id in self._clients:
-            write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
-        for client_id in self._optimizers:
-            write_safetensors(folder / "optimizers" / f"{client_id}.safetensors", self._optimizers.get(client_id))
+        for store in ("clients", "optimizers") if self._keeps_optimizers else ("clients",):
+            for client_id in sorted(progress.last_round):
+                write_safetensors(folder / store / f"{client_id}.safetensors", self._stored(store, client_id))
         if progress.wave_open:
             slots = {f"{slot}|{k}": t for slot in self._slot_of.values() for k, t in self._slots.take(slot).items()}
             write_safetensors(folder / "slots.safetensors", slots)
@@ -1472,6 +1497,8 @@ class FederatedMixin:
                 write_manifest(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
             shutil.rmtree(checkpoint, ignore_errors=True)
+            if isinstance(error, ClientStoreError):
+                raise  # It says itself what to do, and no disk is full.
             kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
             raise OSError(
                 f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
@@ -1667,6 +1694,9 @@ class FederatedMixin:
         folder = checkpoint / STATE_FOLDER
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         check_same_federation(state["identity"], json.loads(json.dumps(self._identity())), checkpoint)
+        with self._first_process_first():
+            self._claim_store(state["progress"].get("run_id", ""), resuming=True)
+            self._fill_stores({"clients": folder / "clients", "optimizers": folder / "optimizers"})
 
         self._progress = RunState(**state["progress"])
         server = load_file(folder / "server.safetensors")
@@ -1675,9 +1705,6 @@ class FederatedMixin:
         self._mean = WeightedMean(mean, self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
-        with self._first_process_first():
-            self._claim_store(resuming=True)
-            self._fill_stores({"clients": folder / "clients", "optimizers": folder / "optimizers"})
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
