@@ -54,7 +54,14 @@ from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
 from .peft_config import validate_peft_config
-from .processes import first_process_first
+from .processes import (
+    exit_without_launcher,
+    explain_timeout,
+    first_process_first,
+    limit_waiting,
+    report_step,
+    watch_launcher,
+)
 from .run_lock import RunLock
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
@@ -193,6 +200,9 @@ class FederatedMixin:
             callbacks=[RoundCallback(self), *(callbacks or [])],
             **kwargs,
         )
+        if args.world_size > 1:
+            watch_launcher()
+            limit_waiting(args.ddp_timeout_delta)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.pop_callback(ProgressCallback)
             self.add_callback(FederatedProgressCallback(args.rounds))
@@ -960,6 +970,7 @@ class FederatedMixin:
 
     def end_step(self) -> None:
         """Counts the step and, after the wave's last one, takes the clients out of the slots."""
+        report_step(self.state.global_step)
         progress = self._progress
         progress.wave_steps += 1
         slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
@@ -1018,8 +1029,13 @@ class FederatedMixin:
             self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
         progress.wave_open, progress.wave_steps = True, 0
 
-    def _close_wave(self) -> None:
+    def _before_writing(self) -> None:
+        """Ends a run that others may believe dead before it writes between the files of the next one."""
+        exit_without_launcher()
         self._run_lock.check()
+
+    def _close_wave(self) -> None:
+        self._before_writing()
         progress = self._progress
         wave = self._current_wave()
         # Schedule-free optimizers hold other weights while they train than those to be used.
@@ -1487,7 +1503,7 @@ class FederatedMixin:
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
-        self._run_lock.check()
+        self._before_writing()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         run_dir = Path(self._get_output_dir(trial=trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -1668,7 +1684,8 @@ class FederatedMixin:
             self.model._is_accelerate_prepared = True
         with self._alone_in_its_folders():
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-            output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            with explain_timeout(self.args.ddp_timeout_delta):
+                output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:

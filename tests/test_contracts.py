@@ -6,7 +6,10 @@ A failure here means that a dependency has changed: its message says what hf_fed
 import ast
 import copy
 import inspect
+import mmap
+import os
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
@@ -21,6 +24,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model, get_peft_model_state_di
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ProgressCallback
@@ -73,6 +77,7 @@ PRIVATE_NAMES = {
     ),
     "_skip_prepare_dataset": (SFTTrainer, None, "reads it to leave rows alone that are prepared"),
     "_formatting_func": (SFTTrainer, None, "reads it to prepare the rows passed to `evaluate`"),
+    "_exit": (os, None, "calls it to end a process whose launcher has died"),
     "_metrics": (SFTTrainer, None, "sets it aside while a round's line is logged"),
     "_active_adapter": (BaseTunerLayer, None, "sets it to switch one layer to another client"),
     "_name_or_path": (transformers.PreTrainedConfig, None, "reads it to name the base model"),
@@ -149,6 +154,26 @@ def test_a_model_that_is_marked_as_prepared_is_not_wrapped():
 @pytest.mark.parametrize("name", ["gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader"])
 def test_what_is_left_out_when_a_process_computes_alone_exists(name):
     assert callable(getattr(accelerate.Accelerator, name, None)), f"Accelerator.{name} is gone, see `_COLLECTIVES`."
+
+
+def test_what_is_said_of_processes_that_do_not_answer_can_be_known(tmp_path):
+    """By way of private functions of `torch.distributed`, and the words of gloo; see `processes.py`."""
+    distributed = torch.distributed
+    assert parameter_names(_set_pg_timeout) == ("timeout", "group")
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            assert content.find(b"Timed out waiting ") >= 0, "gloo has other words for a timeout."
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        _set_pg_timeout(timedelta(seconds=7))
+        store = _get_default_store()
+        store.set("step", "3")
+        assert (store.check(["step"]), store.check(["other"]), int(store.get("step"))) == (True, False, 3)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_upstream_pushes_by_keywords():
