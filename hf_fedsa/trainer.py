@@ -390,6 +390,8 @@ class FederatedMixin:
 
         Raises:
             `ValueError`: there is no such client.
+            `RuntimeError`: another process trains it in the round that is open.
+            [`~hf_fedsa.state.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
         """
         self._check_client(client_id)
         return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
@@ -438,6 +440,12 @@ class FederatedMixin:
         if client_id in self._slot_of:
             training = self._take_training(client_id)
             return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
+        if self._trains_elsewhere(client_id):
+            raise RuntimeError(
+                f"Client {client_id!r} trains in another process in the round that is open, so what it holds now is "
+                "not known here. Ask in `on_round_end` or after training. (`evaluate` can be called at any time, by "
+                "all processes together.)"
+            )
         # Not what the store has: that may be of another run until this one has begun, and what is lost must be missed.
         return self._stored("clients", client_id) if client_id in self._progress.last_round else self._initial_local
 
@@ -1191,6 +1199,13 @@ class FederatedMixin:
         """Whether the clients are spread over several processes. One client alone is trained as its Trainer does."""
         return self.args.world_size > 1 and not self._keeps_trainer_loop
 
+    def _trains_elsewhere(self, client_id: str) -> bool:
+        """Whether another process trains the client in the open round, and alone knows what it holds."""
+        if not (self.spans_processes and self.round_is_open):
+            return False
+        round_ = self._current_round()
+        return client_id in round_.client_ids and not any(client_id in wave.client_ids for wave in round_.waves)
+
     @property
     def round_is_open(self) -> bool:
         """Whether a client of a round has begun to train, and the round's A is not averaged yet."""
@@ -1216,7 +1231,7 @@ class FederatedMixin:
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Evaluates every client on its own rows with its own adapter.
+        Evaluates every client on its own rows with its own adapter. Of several processes, all must call it.
 
         Args:
             eval_dataset ([`~datasets.Dataset`], `dict[str, Dataset]` or `str`, *optional*):
@@ -1257,7 +1272,7 @@ class FederatedMixin:
         by_name: dict[str, list[float]] = {}
         results: dict[str, dict[str, float]] = {}
         num_samples = num_steps = 0
-        mine = list(datasets)[self.args.process_index :: self.args.world_size]
+        mine = self._evaluated_here(list(datasets))
         outputs: dict[str, tuple[dict[str, Any], int]] = {}
         for client_id in mine:
             with self._alone(), self.use_client(client_id):
@@ -1294,6 +1309,15 @@ class FederatedMixin:
         metrics.update(speed)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluated_here(self, client_ids: list[str]) -> list[str]:
+        """Clients that this process evaluates: those that it trains in the open round, and its share of the others."""
+        training = self._current_round().client_ids if self.spans_processes and self.round_is_open else ()
+        others = [client_id for client_id in client_ids if client_id not in training]
+        return [
+            *(c for c in client_ids if c in training and not self._trains_elsewhere(c)),
+            *others[self.args.process_index :: self.args.world_size],
+        ]
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps the metrics of clients for the model card."""

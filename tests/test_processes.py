@@ -71,9 +71,18 @@ def ends(folder, rank=0):
     ids=["two", "three"],
 )
 def test_the_weights_of_one_process(tmp_path, processes, arguments):
-    alone(tmp_path / "one", **arguments)
-    launch(tmp_path / "many", processes, **arguments)
+    alone(tmp_path / "one", looks=True, **arguments)
+    launch(tmp_path / "many", processes, looks=True, **arguments)
     expected, told = ends(tmp_path / "one")
+    middles = [ends(tmp_path / "many", rank)[1]["middle"] for rank in range(processes)]
+    for middle in [told["middle"], *middles]:
+        for client_id, loss in middle["known"].items():
+            assert loss == pytest.approx(middle["losses"][client_id], abs=1e-6)
+    assert [*told["middle"]["known"]] == [*told["middle"]["losses"]] == [*CLIENTS]
+    assert all(middle["losses"] == middles[0]["losses"] for middle in middles)
+    for client_id in CLIENTS:
+        knowing = [client_id in middle["known"] for middle in middles]
+        assert sum(knowing) == (1 if client_id in told["history"][0]["clients"] else processes)
     for rank in range(processes):
         found, also_told = ends(tmp_path / "many", rank)
         assert max_difference(found, expected) < 1e-6
