@@ -179,10 +179,13 @@ class DiskClientStore:
         write_safetensors(self._path(client_id), tensors)
 
     def get(self, client_id: str) -> dict[str, torch.Tensor]:
-        if client_id not in self:
-            raise ClientStoreError(f"No tensors are stored for client {client_id!r} in {self.directory}.")
         try:
             return load_file(self._path(client_id))
+        except FileNotFoundError as error:
+            raise ClientStoreError(
+                f"No tensors are stored for client {client_id!r}: {self._path(client_id)} is missing. Resume from a "
+                "checkpoint, which holds a copy."
+            ) from error
         except (SafetensorError, OSError) as error:
             raise ClientStoreError(
                 f"The tensors of client {client_id!r} in {self._path(client_id)} cannot be read: {error}. Resume from "
@@ -245,6 +248,8 @@ class RunState:
             Per client, the metrics of its last evaluation.
         results_after_round (`int`, *optional*):
             Rounds done when that was.
+        run_id (`str`, *optional*):
+            Names the run, wherever its folders are moved to.
     """
 
     rounds_done: int = 0
@@ -264,6 +269,7 @@ class RunState:
     history: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     results_after_round: int = 0
+    run_id: str = ""
 
     def after_round(self) -> "RunState":
         """The state in which the next round begins, or this one anew if no client has returned anything."""
@@ -273,6 +279,7 @@ class RunState:
             history=self.history,
             results=self.results,
             results_after_round=self.results_after_round,
+            run_id=self.run_id,
         )
 
     def before_wave(self, client_ids: Sequence[str], bytes_down: int) -> "RunState":
@@ -379,6 +386,14 @@ def brief(value: Any) -> str:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What a checkpoint says of its run, see [`RunState`] and `hf_fedsa.identity`."""
     return json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
+
+
+def checkpoint_with_copy(output_dir: Path, store: str, client_id: str) -> Path | None:
+    """Finds the newest whole checkpoint, if it has a copy of what a client has in a store of this name."""
+    checkpoint = newest_whole_checkpoint(output_dir, warn=lambda _: None)
+    if checkpoint is None or not (checkpoint / STATE_FOLDER / store / f"{client_id}.safetensors").is_file():
+        return None
+    return checkpoint
 
 
 def newest_whole_checkpoint(

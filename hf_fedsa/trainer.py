@@ -7,12 +7,14 @@ import functools
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import pyarrow.compute
@@ -83,6 +85,15 @@ from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, 
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import is_transformed, merge_clients, rows_by_client
 from .peft_config import validate_peft_config
+from .processes import (
+    exit_without_launcher,
+    explain_timeout,
+    first_process_first,
+    limit_waiting,
+    report_step,
+    watch_launcher,
+)
+from .run_lock import RunLock
 from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
 from .scoring import score_next_tokens
 from .slots import SlotRows, Slots, mutates_base
@@ -90,10 +101,12 @@ from .state import (
     STATE_FOLDER,
     CheckpointError,
     ClientStore,
+    ClientStoreError,
     DiskClientStore,
     MemoryClientStore,
     RunState,
     check_manifest,
+    checkpoint_with_copy,
     newest_whole_checkpoint,
     read_state,
     validate_client_ids,
@@ -227,6 +240,9 @@ class FederatedMixin:
             callbacks=[RoundCallback(self), *(callbacks or [])],
             **kwargs,
         )
+        if args.world_size > 1:
+            watch_launcher()
+            limit_waiting(args.ddp_timeout_delta)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.pop_callback(ProgressCallback)
             self.add_callback(FederatedProgressCallback(args.rounds))
@@ -275,6 +291,7 @@ class FederatedMixin:
         if store is None and self.spans_processes:
             store = str(Path(args.output_dir) / "client_store")
         self._store_dir = Path(store) if store is not None else None
+        self._run_lock = RunLock({})
         self._clients = _make_store(self._store_dir, "clients")
         self._optimizers = _make_store(self._store_dir, "optimizers")
         self._mean = WeightedMean()
@@ -289,7 +306,7 @@ class FederatedMixin:
         self._resumed = Resumption()
         self._ends_round_first = False
         self._schedule_length = 0
-        self._owns_store = self._store_dir is None
+        self._owns_store = False
         self._rounds: list[Round] = []
         # What is written of the federation
         self._origin: dict[str, Any] | None = None
@@ -423,6 +440,8 @@ class FederatedMixin:
 
         Raises:
             `ValueError`: there is no such client.
+            `RuntimeError`: another process trains it in the round that is open.
+            [`~hf_fedsa.state.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
         """
         self._check_client(client_id)
         return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
@@ -472,9 +491,23 @@ class FederatedMixin:
         if client_id in self._slot_of:
             training = self._take_training(client_id)
             return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
-        # Until this run has begun, a store on disk may hold the clients of another.
-        stored = self._owns_store and client_id in self._clients
-        return self._clients.get(client_id) if stored else self._initial_local
+        if self._trains_elsewhere(client_id):
+            raise RuntimeError(
+                f"Client {client_id!r} trains in another process in the round that is open, so what it holds now is "
+                "not known here. Ask in `on_round_end` or after training. (`evaluate` can be called at any time, by "
+                "all processes together.)"
+            )
+        # Not what the store has: that may be of another run until this one has begun, and what is lost must be missed.
+        return self._stored("clients", client_id) if client_id in self._progress.last_round else self._initial_local
+
+    def _stored(self, store: str, client_id: str) -> dict[str, torch.Tensor]:
+        """What a client that has trained has left in a store."""
+        try:
+            return (self._clients if store == "clients" else self._optimizers).get(client_id)
+        except ClientStoreError as error:
+            checkpoint = checkpoint_with_copy(Path(self.args.output_dir), store, client_id)
+            advice = f"{checkpoint or 'But no whole checkpoint'} {'is whole and ' if checkpoint else ''}has one."
+            raise ClientStoreError(f"{error} {advice}") from error
 
     def _client_tensors(self, client_id: str) -> dict[str, torch.Tensor]:
         """The complete adapter a client serves with now, in the dtype of the slots."""
@@ -866,6 +899,11 @@ class FederatedMixin:
         # Schedulers that follow a metric are stepped by evaluations, not by optimizer steps.
         return not self._keeps_trainer_loop and self.args.lr_scheduler_type not in SCHEDULES_BY_METRIC
 
+    @property
+    def _keeps_optimizers(self) -> bool:
+        """Whether a client's optimizer state waits with its tensors for its next round."""
+        return not self._resets_optimizer and not self._keeps_trainer_loop
+
     def _rewind_schedule(self) -> None:
         self.lr_scheduler.load_state_dict(copy.deepcopy(self._schedule_at_round_start))
         self._set_rates(self.lr_scheduler.get_last_lr())
@@ -906,8 +944,8 @@ class FederatedMixin:
         state: dict[int, dict[str, Any]] = {}
         entries = self._optimizer_entries()
         for slot, client_id in enumerate(wave.client_ids):
-            if client_id in self._optimizers:
-                for name, value in self._optimizers.get(client_id).items():
+            if client_id in self._progress.last_round:
+                for name, value in self._stored("optimizers", client_id).items():
                     key, *fields, last = name.split("|")
                     entry = state.setdefault(entries[slot, key], {})
                     for field in fields:
@@ -922,11 +960,12 @@ class FederatedMixin:
     def begin_run(self) -> None:
         """Starts from the initial state, unless a checkpoint has just been loaded."""
         if not self._resuming:
+            run_id = uuid4().hex
             with self._first_process_first():
-                self._claim_store(resuming=False)
+                self._claim_store(run_id, resuming=False)
                 self._fill_stores({})
             self._shared = clone_tensors(self._initial_shared)
-            self._mean, self._progress = WeightedMean(), RunState()
+            self._mean, self._progress = WeightedMean(), RunState(run_id=run_id)
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
         elif self._ends_round_first:
             self.end_round()
@@ -940,14 +979,24 @@ class FederatedMixin:
                     "It must depend on its arguments alone, so draw from a generator that is seeded by them."
                 )
 
+    def _first_process_first(self) -> contextlib.AbstractContextManager[None]:
+        return first_process_first(self.is_world_process_zero())
+
     @contextlib.contextmanager
-    def _first_process_first(self) -> Iterator[None]:
-        """Lets the first process of the machines' common disk finish what is in this context before the others."""
-        if not self.is_world_process_zero():
-            self.accelerator.wait_for_everyone()
-        yield
-        if self.is_world_process_zero():
-            self.accelerator.wait_for_everyone()
+    def _alone_in_its_folders(self) -> Iterator[None]:
+        """Within this context no other run can begin in the folders that this one writes to."""
+        folders = {"output_dir": Path(self.args.output_dir)}
+        if self._store_dir is not None:
+            folders["client_store_dir"] = self._store_dir
+        lock = RunLock(folders)
+        try:
+            with self._first_process_first():
+                if self.is_world_process_zero():
+                    lock.acquire()
+            self._run_lock = lock
+            yield
+        finally:
+            lock.release()
 
     def _fill_stores(self, folders: Mapping[str, Path]) -> None:
         """Replaces what the stores hold by the files of folders called `clients` and `optimizers`, or by nothing."""
@@ -958,21 +1007,29 @@ class FederatedMixin:
             for path in sorted(folders[name].glob("*.safetensors")) if name in folders else ():
                 store.put(path.name.removesuffix(".safetensors"), load_file(path))
 
-    def _claim_store(self, resuming: bool) -> None:
+    def _claim_store(self, run_id: str, resuming: bool) -> None:
         """Makes sure that a store on disk holds no clients of another run before they are replaced."""
-        if self._owns_store:
+        if self._store_dir is None or not self.is_world_process_zero():
             return
-        owner = self._store_dir / "run.json"
-        this_run = {"output_dir": str(Path(self.args.output_dir).resolve()), "client_ids": sorted(self.client_ids)}
-        same_run = owner.is_file() and json.loads(owner.read_text(encoding="utf-8")) == this_run
-        # A run that died before its first checkpoint has to start anew, and its clients are of no use.
-        nothing_to_resume = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.debug) is None
-        if (list(self._clients) or list(self._optimizers)) and not (same_run and (resuming or nothing_to_resume)):
-            raise ValueError(
-                f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
-                "would overwrite. Resume that run from a checkpoint, or pass another directory."
+        store, output_dir = self._store_dir.resolve(), Path(self.args.output_dir).resolve()
+        # A store inside of the run's folder is moved with it.
+        known_as = os.path.relpath(output_dir, store) if store.is_relative_to(output_dir) else str(output_dir)
+        this_run = {"output_dir": known_as, "client_ids": sorted(self.client_ids), "run_id": run_id}
+        path = self._store_dir / "run.json"
+        if not self._owns_store and (list(self._clients) or list(self._optimizers)):
+            owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            same_place = owner.get("output_dir") in (known_as, str(output_dir))
+            same_run = owner.get("client_ids") == this_run["client_ids"] and (
+                same_place or (resuming and owner.get("run_id") == run_id)
             )
-        write_json(owner, this_run)
+            # A run that died before its first checkpoint has to start anew, and its clients are of no use.
+            nothing_to_resume = newest_whole_checkpoint(output_dir, warn=logger.debug) is None
+            if not (same_run and (resuming or nothing_to_resume)):
+                raise ValueError(
+                    f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
+                    "would overwrite. Resume that run from a checkpoint, or pass another directory."
+                )
+        write_json(path, this_run)
         self._owns_store = True
 
     def begin_round(self) -> None:
@@ -999,6 +1056,7 @@ class FederatedMixin:
 
     def end_step(self) -> None:
         """Counts the step and, after the wave's last one, takes the clients out of the slots."""
+        report_step(self.state.global_step)
         progress = self._progress
         progress.wave_steps += 1
         slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
@@ -1054,13 +1112,19 @@ class FederatedMixin:
         self._slot_of = {client_id: slot for slot, client_id in enumerate(wave.client_ids)}
         if self._resets_optimizer:
             self._set_optimizer_state({})
-        elif not self._keeps_trainer_loop:
+        elif self._keeps_optimizers:
             self._load_optimizer_states(wave)
         if self.accelerator.scaler is not None:
             self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
         progress.wave_open, progress.wave_steps = True, 0
 
+    def _before_writing(self) -> None:
+        """Ends a run that others may believe dead before it writes between the files of the next one."""
+        exit_without_launcher()
+        self._run_lock.check()
+
     def _close_wave(self) -> None:
+        self._before_writing()
         progress = self._progress
         wave = self._current_wave()
         # Schedule-free optimizers hold other weights while they train than those to be used.
@@ -1084,7 +1148,7 @@ class FederatedMixin:
             last = progress.last_round.get(client_id)
             progress.staleness[client_id] = None if last is None else progress.rounds_done - last
             progress.last_round[client_id] = progress.rounds_done
-            if not self._resets_optimizer and not self._keeps_trainer_loop:
+            if self._keeps_optimizers:
                 self._optimizers.put(client_id, self._take_optimizer_state(slot))
         if self._loss_scale_before_wave and any(c in progress.left_out for c in wave.client_ids):
             # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
@@ -1217,6 +1281,13 @@ class FederatedMixin:
         """Whether the clients are spread over several processes. One client alone is trained as its Trainer does."""
         return self.args.world_size > 1 and not self._keeps_trainer_loop
 
+    def _trains_elsewhere(self, client_id: str) -> bool:
+        """Whether another process trains the client in the open round, and alone knows what it holds."""
+        if not (self.spans_processes and self.round_is_open):
+            return False
+        round_ = self._current_round()
+        return client_id in round_.client_ids and not any(client_id in wave.client_ids for wave in round_.waves)
+
     @property
     def round_is_open(self) -> bool:
         """Whether a client of a round has begun to train, and the round's A is not averaged yet."""
@@ -1242,7 +1313,7 @@ class FederatedMixin:
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """
-        Evaluates every client on its own rows with its own adapter.
+        Evaluates every client on its own rows with its own adapter. Of several processes, all must call it.
 
         Args:
             eval_dataset ([`~datasets.Dataset`], `dict[str, Dataset]` or `str`, *optional*):
@@ -1283,7 +1354,7 @@ class FederatedMixin:
         by_name: dict[str, list[float]] = {}
         results: dict[str, dict[str, float]] = {}
         num_samples = num_steps = 0
-        mine = list(datasets)[self.args.process_index :: self.args.world_size]
+        mine = self._evaluated_here(list(datasets))
         outputs: dict[str, tuple[dict[str, Any], int]] = {}
         take_running_metrics(self)  # Of whatever was computed in evaluation mode before, as by `predict`.
         for client_id in mine:
@@ -1341,6 +1412,15 @@ class FederatedMixin:
                 ignore_keys=ignore_keys,
                 metric_key_prefix=metric_key_prefix,
             )
+
+    def _evaluated_here(self, client_ids: list[str]) -> list[str]:
+        """Clients that this process evaluates: those that it trains in the open round, and its share of the others."""
+        training = self._current_round().client_ids if self.spans_processes and self.round_is_open else ()
+        others = [client_id for client_id in client_ids if client_id not in training]
+        return [
+            *(c for c in client_ids if c in training and not self._trains_elsewhere(c)),
+            *others[self.args.process_index :: self.args.world_size],
+        ]
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps the metrics of clients for the model card."""
@@ -1543,10 +1623,9 @@ class FederatedMixin:
         server |= {f"initial_shared|{key}": tensor for key, tensor in self._initial_shared.items()}
         server |= {f"initial_local|{key}": tensor for key, tensor in self._initial_local.items()}
         write_safetensors(folder / "server.safetensors", server)
-        for client_id in self._clients:
-            write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
-        for client_id in self._optimizers:
-            write_safetensors(folder / "optimizers" / f"{client_id}.safetensors", self._optimizers.get(client_id))
+        for store in ("clients", "optimizers") if self._keeps_optimizers else ("clients",):
+            for client_id in sorted(progress.last_round):
+                write_safetensors(folder / store / f"{client_id}.safetensors", self._stored(store, client_id))
         if progress.wave_open:
             slots = {f"{slot}|{k}": t for slot in self._slot_of.values() for k, t in self._slots.take(slot).items()}
             write_safetensors(folder / "slots.safetensors", slots)
@@ -1571,6 +1650,7 @@ class FederatedMixin:
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
+        self._before_writing()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         run_dir = Path(self._get_output_dir(trial=trial))
         checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
@@ -1583,6 +1663,8 @@ class FederatedMixin:
                 write_manifest(checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
             restore_replaced(checkpoint)
+            if isinstance(error, ClientStoreError):
+                raise  # It says itself what to do, and no disk is full.
             kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
             raise OSError(
                 f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
@@ -1749,6 +1831,7 @@ class FederatedMixin:
         Raises:
             [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
                 stands where this run cannot go on.
+            [`~hf_fedsa.run_lock.RunLockError`]: another run is at work in `output_dir` or `client_store_dir`.
         """
         self._resuming, self._resumed = False, Resumption()
         if self.spans_processes:
@@ -1756,6 +1839,13 @@ class FederatedMixin:
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model._is_accelerate_prepared = True
+        with self._alone_in_its_folders():
+            checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+            with explain_timeout(self.args.ddp_timeout_delta):
+                output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         if resume_from_checkpoint is True:
             newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
             if newest is None:
@@ -1763,14 +1853,13 @@ class FederatedMixin:
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no whole checkpoint. Call "
                     "`train()` without it to start from the beginning."
                 )
-            resume_from_checkpoint = str(newest)
-        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            return str(newest)
+        if resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
             raise CheckpointError(
                 f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is no folder. Pass a `checkpoint-...` "
                 "folder of `output_dir`, or `True` for the newest one there."
             )
-        output = super().train(resume_from_checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
-        return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+        return resume_from_checkpoint
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -1786,6 +1875,11 @@ class FederatedMixin:
         )
         if not self._keeps_trainer_loop:
             check_position(checkpoint, state, changes, self.args.rounds, self.args.world_size)
+        with self._first_process_first():
+            self._claim_store(state["progress"].get("run_id", ""), resuming=True)
+            # The state of one kind of optimizer is of no use to another.
+            kept = ("clients",) if changes & set(_OPTIMIZER_KIND) else ("clients", "optimizers")
+            self._fill_stores({name: folder / name for name in kept})
 
         self._progress, self._resumed = self._position_of(state, changes)
         server: dict[str, dict[str, torch.Tensor]] = {}
@@ -1797,11 +1891,6 @@ class FederatedMixin:
         self._mean = WeightedMean(server.get("mean", {}), self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
-        with self._first_process_first():
-            self._claim_store(resuming=True)
-            # The state of one kind of optimizer is of no use to another.
-            kept = ("clients",) if changes & set(_OPTIMIZER_KIND) else ("clients", "optimizers")
-            self._fill_stores({name: folder / name for name in kept})
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}

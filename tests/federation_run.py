@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from safetensors.torch import save_file
+from transformers import TrainerCallback
 
 from hf_fedsa import FederatedTrainer
 
@@ -26,11 +27,35 @@ def make_clients():
     }
 
 
-def make_trainer(folder: Path, sampler_of_its_own: bool = False, **kwargs) -> FederatedTrainer:
+class Look(TrainerCallback):
+    """Evaluates in the middle of a round, and then again every client of which this process knows what it holds."""
+
+    def __init__(self):
+        self.trainer, self.losses, self.known = None, {}, {}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step != 2:
+            return
+        metrics = self.trainer.evaluate()
+        self.losses = {client_id: metrics[f"eval_{client_id}_loss"] for client_id in CLIENTS}
+        for client_id in CLIENTS:
+            try:
+                self.trainer.client_state_dict(client_id)
+                with self.trainer._alone(), self.trainer.use_client(client_id):
+                    loader = self.trainer.get_eval_dataloader(client_id)
+                    found = self.trainer.evaluation_loop(loader, description="", prediction_loss_only=True)
+            except RuntimeError as error:
+                assert f"Client {client_id!r} trains in another process" in str(error)
+            else:
+                self.known[client_id] = found.metrics["eval_loss"]
+
+
+def make_trainer(folder: Path, sampler_of_its_own: bool = False, looks: bool = False, **kwargs) -> FederatedTrainer:
     def sampler(round_index, num_rows, clients_per_round):
         return sorted(num_rows)[int(os.environ["RANK"]) :][:clients_per_round]
 
-    return FederatedTrainer(
+    look = Look()
+    look.trainer = FederatedTrainer(
         model=make_model(),
         args=make_args(folder, **kwargs),
         train_dataset=make_clients(),
@@ -38,7 +63,10 @@ def make_trainer(folder: Path, sampler_of_its_own: bool = False, **kwargs) -> Fe
         processing_class=make_tokenizer(),
         peft_config=make_lora(),
         client_sampler=sampler if sampler_of_its_own else None,
+        callbacks=[look] if looks else [],
     )
+    look.trainer.look = look
+    return look.trainer
 
 
 def report(trainer: FederatedTrainer, folder: Path) -> None:
@@ -56,6 +84,7 @@ def report(trainer: FederatedTrainer, folder: Path) -> None:
         "train_samples": last["train_samples_per_second"] * last["train_runtime"],
     }
     summary = {"metrics": metrics, "history": trainer.round_history, "logs": logs, "run": run}
+    summary["middle"] = {"losses": trainer.look.losses, "known": trainer.look.known}
     (folder / f"end-{rank}.json").write_text(json.dumps(summary))
 
 

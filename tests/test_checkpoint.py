@@ -510,25 +510,52 @@ def test_skipping_no_data_on_resume_is_refused(tmp_path):
         )
 
 
-def test_resuming_leaves_a_client_store_of_another_run_alone(tmp_path, tokenizer):
-    def make(name, clients):
-        return FederatedTrainer(
-            model=make_model(),
-            args=make_args(
-                tmp_path / name, save_strategy="epoch", num_rounds=1, client_store_dir=str(tmp_path / "store")
-            ),
-            train_dataset={client_id: make_rows(4, seed=0) for client_id in clients},
-            processing_class=tokenizer,
-            peft_config=make_lora(),
-        )
+def make_with_store(output_dir, store, tokenizer, clients=("a", "b"), **kwargs):
+    return FederatedTrainer(
+        model=make_model(),
+        args=make_args(
+            output_dir, **{"save_strategy": "epoch", "num_rounds": 1, "client_store_dir": str(store), **kwargs}
+        ),
+        train_dataset={client_id: make_rows(4, seed=0) for client_id in clients},
+        processing_class=tokenizer,
+        peft_config=make_lora(),
+    )
 
-    make("mine", ["a", "b"]).train()
+
+@pytest.mark.parametrize("clients", [("x", "y"), ("a", "b")], ids=["other_clients", "same_clients"])
+def test_resuming_leaves_a_client_store_of_another_run_alone(tmp_path, tokenizer, clients):
+    make_with_store(tmp_path / "mine", tmp_path / "store", tokenizer).train()
     shutil.move(tmp_path / "store", tmp_path / "elsewhere")
-    make("other", ["x", "y"]).train()
+    make_with_store(tmp_path / "other", tmp_path / "store", tokenizer, clients).train()
     before = fingerprint(tmp_path / "store")
+    mine = make_with_store(tmp_path / "mine", tmp_path / "store", tokenizer)
+    untrained = mine.client_state_dict("a")
     with pytest.raises(ValueError, match="holds the clients of another run"):
-        make("mine", ["a", "b"]).train(resume_from_checkpoint=True)
+        mine.train(resume_from_checkpoint=True)
     assert fingerprint(tmp_path / "store") == before
+    assert max_difference(mine.client_state_dict("a"), untrained) == 0
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["with_its_store", "without_its_store"])
+def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, tokenizer, inside):
+    def make(folder, num_rounds):
+        store = tmp_path / folder / "client_store" if inside else tmp_path / "store"
+        return make_with_store(tmp_path / folder, store, tokenizer, num_rounds=num_rounds)
+
+    whole = make("old", 1)
+    whole.train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    with pytest.raises(ValueError, match="holds the clients of another run"):
+        make("new", 1).train()
+    moved = make("new", 2)
+    moved.train(resume_from_checkpoint=True)
+    assert len(moved.round_history) == 2
+    if inside:
+        # Before its first checkpoint, there is nothing to go on from.
+        for checkpoint in (tmp_path / "new").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        (tmp_path / "new").rename(tmp_path / "newer")
+        make("newer", 1).train()
 
 
 def test_clients_in_training_are_told_apart_within_use_client(tmp_path, tokenizer):

@@ -6,8 +6,11 @@ A failure here means that a dependency has changed: its message says what hf_fed
 import ast
 import copy
 import inspect
+import mmap
+import os
 import re
 import signal
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
@@ -23,6 +26,7 @@ from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_mod
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -91,6 +95,7 @@ PRIVATE_NAMES = {
     "_skip_prepare_dataset": (SFTTrainer, None, "reads it to leave rows alone that are prepared"),
     "_formatting_func": (SFTTrainer, None, "reads it to prepare the rows passed to `evaluate`"),
     "_metrics": (SFTTrainer, None, "sets it aside for a round's line, and takes what an evaluation kept in it"),
+    "_exit": (os, None, "calls it to end a process whose launcher has died"),
     "_active_adapter": (BaseTunerLayer, None, "sets it to switch one layer to another client"),
     "_name_or_path": (transformers.PreTrainedConfig, None, "reads it to name the base model"),
 }
@@ -189,6 +194,26 @@ def test_what_is_known_of_other_trainers_is_known_by_their_names(name, config):
 @pytest.mark.parametrize("name", other_trainers._GENERATE_ROWS)
 def test_trainers_that_keep_generated_rows_are_known_by_their_names(name):
     assert "self._buffered_inputs" in inspect.getsource(getattr(trl, name)._prepare_inputs)
+
+
+def test_what_is_said_of_processes_that_do_not_answer_can_be_known(tmp_path):
+    """By way of private functions of `torch.distributed`, and the words of gloo; see `processes.py`."""
+    distributed = torch.distributed
+    assert parameter_names(_set_pg_timeout) == ("timeout", "group")
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if library.is_file():
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            assert content.find(b"Timed out waiting ") >= 0, "gloo has other words for a timeout."
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        _set_pg_timeout(timedelta(seconds=7))
+        store = _get_default_store()
+        store.set("step", "3")
+        assert (store.check(["step"]), store.check(["other"]), int(store.get("step"))) == (True, False, 3)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_upstream_pushes_by_keywords():

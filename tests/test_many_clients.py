@@ -3,24 +3,28 @@
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
+from transformers import TrainerCallback
 
 from hf_fedsa import FederatedTrainer
+from hf_fedsa.state import ClientStoreError
 
 CLIENTS = 500
 
 
-def make_trainer(output_dir, clients=CLIENTS, **kwargs):
+def make_trainer(output_dir, clients=CLIENTS, callbacks=(), **kwargs):
     rows = make_rows(2, seed=0)
     return FederatedTrainer(
         model=make_model(),
         args=make_args(output_dir, **{"num_rounds": 3, "local_steps": 1, "clients_per_round": 10, **kwargs}),
         train_dataset={f"client_{i:03}": rows for i in range(clients)},
-        eval_dataset={f"client_{i:03}": rows.select([0]) for i in range(12)},
+        eval_dataset={f"client_{i:03}": rows.select([0]) for i in range(min(clients, 12))},
         processing_class=make_tokenizer(),
         peft_config=make_lora(),
+        callbacks=list(callbacks),
     )
 
 
@@ -73,6 +77,58 @@ def test_the_log_has_the_spread_and_the_file_has_everyone(trained):
         last = json.loads(file.readlines()[-1])
     assert last["results"]["client_007"]["eval_loss"] == metrics["eval_client_007_loss"]
     assert len(last["losses"]) == 10
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"half")], ids=["missing", "damaged"])
+def test_a_client_whose_file_is_gone_is_not_taken_for_a_new_one(trained, damage):
+    client_id = trained.round_history[0]["clients"][0]
+    path = Path(trained.args.client_store_dir) / "clients" / f"{client_id}.safetensors"
+    content = path.read_bytes()
+    newest = Path(trained.args.output_dir) / "checkpoint-9"
+    damage(path)
+    trained.state.global_step += 1
+    try:
+        for read in (
+            lambda: trained.client_state_dict(client_id),
+            lambda: trained.evaluate({client_id: make_rows(1, seed=0)}),
+            trained.save_model,
+            lambda: trained._save_checkpoint(trained.model, trial=None),
+        ):
+            with pytest.raises(ClientStoreError, match=f"{client_id}.*{path} .*{newest} is whole and has one"):
+                read()
+        assert not newest.with_name("checkpoint-10").exists()
+    finally:
+        path.write_bytes(content)
+        trained.state.global_step -= 1
+    trained.client_state_dict(client_id)
+
+
+@pytest.mark.parametrize("name", ["clients", "optimizers"])
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed"])
+def test_a_run_stops_where_a_client_has_lost_its_tensors(tmp_path, name, resumed):
+    class Lose(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if round(state.epoch) == 1 + resumed:
+                (tmp_path / "store" / name / "client_001.safetensors").unlink()
+
+    def make(*callbacks):
+        return make_trainer(
+            tmp_path / "out",
+            clients=2,
+            clients_per_round=2,
+            client_store_dir=str(tmp_path / "store"),
+            reset_optimizer=False,
+            save_strategy="epoch" if resumed else "no",
+            callbacks=list(callbacks),
+        )
+
+    if resumed:
+        make().train()
+        trainer, advice = make(Lose()), "checkpoint-[23] is whole and has one"
+    else:
+        trainer, advice = make(Lose()), "no whole checkpoint has one"
+    with pytest.raises(ClientStoreError, match=f"'client_001': .*{name}/client_001.safetensors is missing.*{advice}"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2") if resumed else None)
 
 
 def test_few_clients_are_logged_one_by_one(tmp_path):

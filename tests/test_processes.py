@@ -1,5 +1,6 @@
 """One federation in several processes: the weights of one process, and nothing of a client but A on the wire."""
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from conftest import max_difference
 from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
+from hf_fedsa import processes
+from hf_fedsa.run_lock import _start_of
 from hf_fedsa.sampling import LocalWork, plan_round, sample_clients
 
 # Sums are taken in another order by several processes. Adam would make full steps of what that changes.
@@ -68,9 +71,18 @@ def ends(folder, rank=0):
     ids=["two", "three"],
 )
 def test_the_weights_of_one_process(tmp_path, processes, arguments):
-    alone(tmp_path / "one", **arguments)
-    launch(tmp_path / "many", processes, **arguments)
+    alone(tmp_path / "one", looks=True, **arguments)
+    launch(tmp_path / "many", processes, looks=True, **arguments)
     expected, told = ends(tmp_path / "one")
+    middles = [ends(tmp_path / "many", rank)[1]["middle"] for rank in range(processes)]
+    for middle in [told["middle"], *middles]:
+        for client_id, loss in middle["known"].items():
+            assert loss == pytest.approx(middle["losses"][client_id], abs=1e-6)
+    assert [*told["middle"]["known"]] == [*told["middle"]["losses"]] == [*CLIENTS]
+    assert all(middle["losses"] == middles[0]["losses"] for middle in middles)
+    for client_id in CLIENTS:
+        knowing = [client_id in middle["known"] for middle in middles]
+        assert sum(knowing) == (1 if client_id in told["history"][0]["clients"] else processes)
     for rank in range(processes):
         found, also_told = ends(tmp_path / "many", rank)
         assert max_difference(found, expected) < 1e-6
@@ -129,24 +141,87 @@ def test_checkpoints_are_of_round_ends_and_go_on_in_any_number_of_processes(tmp_
         assert len(told["history"]) == 3
 
 
-def test_ctrl_c_ends_all_processes(tmp_path):
-    arguments = {"num_rounds": 100000, "local_steps": 3}
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command(tmp_path, 2, arguments), stdout=log, stderr=log, env=environment(), start_new_session=True
+@contextlib.contextmanager
+def running(folder, **arguments):
+    """Two processes in their second round, as `(launcher, {rank: process id}, log)`. None of them is left after."""
+    log = folder / "log"
+    arguments = {"num_rounds": 100000, "local_steps": 3, **arguments}
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(
+            command(folder, 2, arguments), stdout=file, stderr=file, env=environment(), start_new_session=True
         )
-        try:
-            deadline = time.monotonic() + 120
-            while "'round': 1" not in (tmp_path / "log").read_text() and time.monotonic() < deadline:
-                time.sleep(0.2)
-            assert "'round': 1" in (tmp_path / "log").read_text()
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    workers = {}
+    try:
+        wait_until(lambda: "'round': 1" in log.read_text(), seconds=120)
+        for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            variables = dict(
+                line.split("=", 1) for line in Path(f"/proc/{pid}/environ").read_text().split("\0") if line
+            )
+            workers[int(variables["RANK"])] = int(pid)
+        yield launcher, workers, log
+    finally:
+        for pid in [launcher.pid, *workers.values()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        launcher.wait()
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
+
+
+def test_ctrl_c_ends_all_processes(tmp_path):
+    with running(tmp_path) as (launcher, workers, _):
+        os.killpg(launcher.pid, signal.SIGINT)
+        launcher.wait(timeout=60)
+        assert [pid for pid in workers.values() if os.path.exists(f"/proc/{pid}")] == []
+    assert not (tmp_path / "run.lock").exists()
+
+
+def test_no_process_outlives_its_launcher(tmp_path):
+    with running(tmp_path) as (launcher, workers, log):
+        launcher.kill()
+        wait_until(lambda: not any(_start_of(pid) for pid in workers.values()), seconds=20)
+        assert f"the launcher that started it (process {launcher.pid}) has died" in log.read_text()
+
+
+def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
+    with running(tmp_path, ddp_timeout=3, num_rounds=1000) as (_, workers, log):
+        os.kill(workers[1], signal.SIGSTOP)
+        wait_until(lambda: "ProcessTimeoutError" in log.read_text(), seconds=30)
+        wait_until(lambda: _start_of(workers[0]) is None, seconds=20)
+    assert "Process 1 does not answer: process 0 has waited for 3 seconds (`ddp_timeout`)" in log.read_text()
+
+
+class TestLauncher:
+    @pytest.fixture(autouse=True)
+    def orphan(self, monkeypatch):
+        monkeypatch.setattr(processes, "_parent", -1)
+        monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+
+    def test_a_process_without_one_goes_on_when_its_shell_ends(self, monkeypatch):
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+        processes.exit_without_launcher()
+
+    def test_a_fork_of_a_process_that_has_one_goes_on(self, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setattr(processes, "_this_process", -1)
+        processes.exit_without_launcher()
+
+
+class TestFirstProcess:
+    def test_its_failure_reaches_those_who_wait_for_it(self, monkeypatch):
+        sent = []
+        monkeypatch.setattr(processes, "broadcast_object_list", lambda told: sent.append(told[0]) or told)
+        with pytest.raises(OSError, match="full"), processes.first_process_first(True):
+            raise OSError("the disk is full")
+        monkeypatch.setattr(processes, "broadcast_object_list", lambda told: sent)
+        with pytest.raises(RuntimeError, match="first process has stopped: OSError: the disk is full"):
+            with processes.first_process_first(False):
+                pytest.fail("it went on")
 
 
 class TestDealing:

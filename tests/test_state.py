@@ -170,6 +170,11 @@ class TestDiskClientStore:
         assert [path.name for path in tmp_path.iterdir()] == ["client_0.safetensors"]
         assert max_difference(load_file(tmp_path / "client_0.safetensors"), make_tensors()) == 0.0
 
+    def test_a_missing_file_is_named(self, tmp_path):
+        path = tmp_path / "client_0.safetensors"
+        with pytest.raises(ClientStoreError, match=f"client 'client_0': {path} is missing.*Resume from a checkpoint"):
+            DiskClientStore(tmp_path).get("client_0")
+
     @pytest.mark.parametrize("keep", [0, 1, 7, 40, -1], ids=lambda keep: f"{keep}_bytes")
     def test_a_truncated_file_is_a_store_error(self, tmp_path, keep):
         store = DiskClientStore(tmp_path)
