@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 # Adapters that train at the same time unless the user says otherwise. Four rows fill the wide matrix products of small
@@ -249,16 +249,6 @@ class FederatedConfig(SFTConfig):
         if self.num_rounds is not None:
             self.num_train_epochs = self.num_rounds
         super().__post_init__()
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
-                "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
-            )
-        if self.save_strategy == SaveStrategy.BEST:
-            raise ValueError(
-                '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
-                "round ends."
-            )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f'`hub_strategy="{self.hub_strategy.value}"` would upload checkpoints, which hold the B of every '

@@ -38,7 +38,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import HubStrategy, SaveStrategy, TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -131,6 +131,8 @@ class FederatedMixin:
             self.client_ids = [ONLY_CLIENT]
         validate_client_ids(self.client_ids)
         _check_federation_size(args, len(self.client_ids))
+        if self._names_clients:
+            _refuse_one_best_model(args)
         images = {"image", "images"} & set(train_dataset.column_names)
         if images and len(self.client_ids) > 1:
             raise ValueError(
@@ -220,6 +222,11 @@ class FederatedMixin:
         self._shared = clone_tensors(self._slots.select(0, "shared"), dtype=torch.float32)
         self._initial_shared = clone_tensors(self._shared)
         self._initial_local = self._slots.take(0, "local")
+        # What some initialisations took out of the base weight, whatever the run starts from.
+        self._created = {**self._initial_shared, **self._initial_local}
+        self._has_run = False
+        # Whether slot 0 holds the first client's adapter, for users to read and to write.
+        self._at_rest = True
         # Where several processes take turns at a client, they find its B on the disk they have in common.
         store = args.client_store_dir
         if store is None and self.spans_processes:
@@ -333,6 +340,27 @@ class FederatedMixin:
             "clients": sorted(origin.federation["clients"]),
         }
 
+    def _take_edits(self) -> None:
+        """
+        Takes over what has been written into the model's adapter while no run was in progress.
+
+        Only tensors that differ from what was put there, since slots may hold fewer bits than the server.
+        """
+        if self._slot_of or self._displaced is not None or not (self._at_rest or not self._names_clients):
+            return
+        first = self.client_ids[0]
+        placed = self._client_tensors(first)
+        edited = {key: t for key, t in self._slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
+        if not edited:
+            return
+        shared = {key: t.float() for key, t in edited.items() if self._slots.share_of[key] == "shared"}
+        local = {key: t for key, t in edited.items() if key not in shared}
+        self._shared = {**self._shared, **shared}
+        if self._has_run:
+            self._clients.put(first, {**self._local_tensors(first), **local})
+        else:
+            self._initial_local = {**self._initial_local, **local}
+
     # What users read
 
     @property
@@ -350,6 +378,7 @@ class FederatedMixin:
         Returns:
             `dict[str, torch.Tensor]`: copies on the CPU, fp32, under the keys PEFT saves them with.
         """
+        self._take_edits()
         return clone_tensors(self._shared)
 
     def client_state_dict(self, client_id: str) -> dict[str, torch.Tensor]:
@@ -367,6 +396,7 @@ class FederatedMixin:
             `ValueError`: there is no such client.
         """
         self._check_client(client_id)
+        self._take_edits()
         return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
 
     @contextlib.contextmanager
@@ -383,6 +413,7 @@ class FederatedMixin:
         ```
         """
         self._check_client(client_id)
+        self._take_edits()
         tensors = self._client_tensors(client_id)
         before, outer = self._slots.take(0), self._displaced
         self._displaced = outer if outer is not None else before
@@ -836,15 +867,17 @@ class FederatedMixin:
     # Rounds: called by `RoundCallback` from the Trainer's events
 
     def begin_run(self) -> None:
-        """Starts from the initial state, unless a checkpoint has just been loaded."""
+        """Starts from the present weights, unless a checkpoint has just been loaded."""
         if not self._resuming:
-            with self._first_process_first():
-                self._claim_store(resuming=False)
-                self._fill_stores({})
-            self._shared = clone_tensors(self._initial_shared)
-            self._mean, self._progress = WeightedMean(), RunState()
+            if not self._has_run:
+                with self._first_process_first():
+                    self._claim_store(resuming=False)
+                    self._fill_stores({})
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
-        self._resuming = False
+            self._take_edits()
+            self._initial_shared = clone_tensors(self._shared)
+            self._mean, self._progress = WeightedMean(), RunState()
+        self._resuming, self._has_run, self._at_rest = False, True, False
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
@@ -936,7 +969,10 @@ class FederatedMixin:
         if self._push_is_due:
             self._finish_current_push()
             self._push_progress()
+        if not self._names_clients:
+            self._take_edits()  # The Trainer has put back the best weights, if it was asked to.
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
+        self._at_rest = True
 
     def _current_round(self) -> Round:
         if self._keeps_trainer_loop:
@@ -1076,10 +1112,11 @@ class FederatedMixin:
         self._mean, self._losses, self._loss_counts = WeightedMean(), {}, {}
         if self.is_world_process_zero():
             self._write_rounds(Path(self.args.output_dir))
-        # Logging clears the flag, but the Trainer's own line for this step is still to come.
-        should_log = self.control.should_log
-        self.log(log_line(metrics))
-        self.control.should_log = should_log
+        if self._names_clients:
+            # Logging clears the flag, but the Trainer's own line for this step is still to come.
+            should_log = self.control.should_log
+            self.log(log_line(metrics))
+            self.control.should_log = should_log
         self._call_round_event("on_round_end", metrics=copy.deepcopy(metrics))
         if self._push_is_due:
             self._push_progress()
@@ -1269,6 +1306,8 @@ class FederatedMixin:
         """
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if _internal_call and not self.args.save_only_model:
+            if not self._names_clients:
+                super().save_model(str(directory), _internal_call=True)
             if self.args.should_save:
                 self._save_state(directory)
             self.accelerator.wait_for_everyone()
@@ -1284,6 +1323,7 @@ class FederatedMixin:
                 "saved. Save in `on_round_end`, or after training."
             )
         self._finish_current_push()  # It reads the files that are about to be replaced.
+        self._take_edits()
         if not self._names_clients:
             super().save_model(str(directory), _internal_call=True)
         if not self.args.should_save:
@@ -1301,7 +1341,7 @@ class FederatedMixin:
             adapter_name=self._slots.names[0],
             shared=self._shared,
             client_tensors=self._client_tensors,
-            initial_tensors={**self._initial_shared, **self._initial_local},
+            initial_tensors=self._created,
             frozen=self._frozen_tensors,
         )
 
@@ -1417,6 +1457,7 @@ class FederatedMixin:
         )
         server = {f"shared|{key}": tensor for key, tensor in self._shared.items()}
         server |= {f"mean|{key}": tensor for key, tensor in self._mean.mean.items()}
+        server |= {f"initial|{key}": tensor for key, tensor in {**self._initial_shared, **self._initial_local}.items()}
         write_safetensors(folder / "server.safetensors", server)
         for client_id in self._clients:
             write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
@@ -1455,7 +1496,12 @@ class FederatedMixin:
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
-            rotate_checkpoints(output_dir=str(run_dir), save_total_limit=limit, use_mtime=True)
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     # Hub
 
@@ -1596,6 +1642,12 @@ class FederatedMixin:
         """
         Runs all rounds.
 
+        It starts from the weights that are in the model. What was written into its adapter before is where all clients
+        start. Called again, it goes on as the Trainer does: from A and every client's B as they are, with optimizer
+        states that are kept (`reset_optimizer`), and with rounds, schedule, random orders and `round_history` from the
+        beginning. Between two calls the model holds the first client's adapter, so what is written into it changes A
+        and that client's B.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
@@ -1641,6 +1693,9 @@ class FederatedMixin:
         self._shared = {k.removeprefix("shared|"): t for k, t in server.items() if k.startswith("shared|")}
         mean = {k.removeprefix("mean|"): t for k, t in server.items() if k.startswith("mean|")}
         self._mean = WeightedMean(mean, self._progress.mean_weight)
+        initial = {k.removeprefix("initial|"): t for k, t in server.items() if k.startswith("initial|")}
+        self._initial_shared = {key: initial.get(key, t) for key, t in self._initial_shared.items()}
+        self._initial_local = {key: initial.get(key, t) for key, t in self._initial_local.items()}
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
         with self._first_process_first():
@@ -1738,7 +1793,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         if not isinstance(model, PeftModel):
             validate_peft_config(peft_config)
         if train_dataset is None:
-            raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+            raise ValueError(
+                "`train_dataset` is required: a dictionary from client id to `Dataset`, or a `Dataset`. Got None."
+            )
         if isinstance(model, str) and isinstance(train_dataset, Mapping) and formatting_func is None:
             _check_completions_fit(train_dataset, args, model, processing_class)
 
@@ -2161,6 +2218,19 @@ def _check_peft_model(model: PeftModel) -> None:
         raise ValueError(
             "The `PeftModel` you passed has no trainable parameter. Load it with `PeftModel.from_pretrained(..., "
             "is_trainable=True)`."
+        )
+
+
+def _refuse_one_best_model(args: FederatedConfig) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
+            "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
+        )
+    if args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
+            "round ends."
         )
 
 

@@ -54,19 +54,12 @@ class TestRefused:
         [
             ({"local_steps": 5, "local_epochs": 2}, "`local_steps=5` and `local_epochs=2` both say .* Pass one"),
             ({"aggregation_weighting": "size"}, "`aggregation_weighting` must be 'examples' or 'uniform', got 'size'"),
-            (
-                {"load_best_model_at_end": True, "save_strategy": "epoch", "eval_strategy": "epoch"},
-                "`load_best_model_at_end=True` would put one client's weights in place of all",
-            ),
-            ({"save_strategy": "best"}, '`save_strategy="best"` needs one best model, .* Use "epoch"'),
             ({"fsdp": True}, "`fsdp=True` shards parameters over processes"),
             ({"auto_find_batch_size": True}, "`auto_find_batch_size=True` restarts training with another batch size"),
         ],
         ids=[
             "two lengths",
             "weighting",
-            "best model",
-            "save best",
             "fsdp",
             "batch size",
         ],

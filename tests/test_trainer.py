@@ -27,6 +27,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer
 from hf_fedsa.aggregation import WeightedMean
+from hf_fedsa.parameters import tensors_sha256
 
 TRAINER_ARGUMENTS = inspect.signature(FederatedTrainer.__init__).parameters.keys()
 
@@ -75,6 +76,12 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
     for client_id in trainer.client_ids:
         tensors |= {f"{client_id}|{key}": t for key, t in trainer.client_state_dict(client_id).items()}
     return tensors
+
+
+def alternate(round_index, num_rows, clients_per_round):
+    """A sampler that takes the clients in turn."""
+    names = sorted(num_rows)
+    return [names[(round_index * clients_per_round + i) % len(names)] for i in range(clients_per_round)]
 
 
 def logged(trainer, key: str) -> list[float]:
@@ -1437,12 +1444,65 @@ class TestCallbacks:
         assert len(trainer.round_history) == 2
         assert trainer.state.global_step == 6
 
-    def test_training_again_starts_from_the_beginning(self, make_trained, three):
-        trainer = make_trained(three, learning_rate=1e-3)
-        first = weights_of(trainer)
+    @pytest.mark.parametrize("reset", [True, False], ids=["fresh", "kept"])
+    def test_training_again_goes_on_from_the_present_weights(self, make_trainer, clients, reset):
+        """As rounds of one longer run do, but for the round index, which the random orders follow."""
+        common = {
+            "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "reset_optimizer": reset,
+        }
+        whole = make_trainer(clients, num_rounds=4, clients_per_round=2, client_sampler=alternate, **common)
+        whole.train()
+        trainer = make_trainer(clients, num_rounds=2, clients_per_round=2, client_sampler=alternate, **common)
         trainer.train()
-        assert max_difference(first, weights_of(trainer)) < 1e-6
-        assert len(trainer.round_history) == 2
+        trainer.train()
+        assert max_difference(weights_of(whole), weights_of(trainer)) < 1e-6
+        assert [entry["round"] for entry in trainer.round_history] == [0, 1]
+        assert trainer.round_history[-1]["shared_sha256"] == tensors_sha256(trainer.shared_state_dict())
+
+    def test_what_is_written_into_the_model_is_where_all_clients_start(self, make_trainer, three, tmp_path):
+        trainer = make_trainer(three, num_rounds=1, local_steps=1, parallel_clients=2, learning_rate=1e-9)
+        start = {}
+        with torch.no_grad():
+            for key, parameter in trainer._slots.parameters[0].items():
+                start[key] = parameter.normal_().clone()
+        shared = trainer.shared_state_dict()
+        assert max_difference(shared, {key: start[key] for key in shared}) == 0
+        trainer.train()
+        for client_id in three:
+            local = trainer.client_state_dict(client_id)
+            assert max_difference(local, {key: start[key] for key in local}) < 1e-6
+        assert max_difference(trainer.shared_state_dict(), {key: start[key] for key in shared}) < 1e-6
+
+        before = trainer.client_state_dict("client_1")
+        with torch.no_grad():
+            for key, parameter in trainer._slots.parameters[0].items():
+                start[key] = parameter.fill_(0.5).clone()
+        for read, expected in (("client_0", start), ("client_1", before)):
+            local = trainer.client_state_dict(read)
+            assert max_difference(local, {key: expected[key] for key in local}) == 0
+        assert all((tensor == 0.5).all() for tensor in trainer.shared_state_dict().values())
+        with trainer.use_client("client_1"):
+            assert max_difference(trainer._slots.take(0, "local"), before) == 0
+
+    def test_clients_that_have_not_trained_start_there_after_a_resume_too(self, make_trainer, three):
+        trainers = []
+        for resume in (None, True):
+            trainer = make_trainer(
+                three,
+                num_rounds=3,
+                local_steps=1,
+                client_sampler=lambda round_index, *_: [f"client_{round_index}"],
+                save_strategy="epoch",
+            )
+            with torch.no_grad():
+                for parameter in trainer._slots.parameters[0].values():
+                    parameter.fill_(0.25 if resume is None else 0.5)
+            trainer.train(resume_from_checkpoint=resume and trainer.args.output_dir + "/checkpoint-1")
+            trainers.append(trainer)
+        assert max_difference(*map(weights_of, trainers)) == 0
 
 
 # What users read
