@@ -229,6 +229,8 @@ class RunState:
             Weight of each client of the open round that has returned its tensors.
         left_out (`dict[str, str]`, *optional*):
             Clients of the open round whose update does not count, and why.
+        changes (`dict[str, list[float]]`, *optional*):
+            Per client of the open round whose update is finite: the norm of its change of A, and its local steps.
         staleness (`dict[str, int | None]`, *optional*):
             Per client of the open round, the rounds since it had last trained. `None` if it never had.
         bytes_down (`int`, *optional*, defaults to `0`):
@@ -256,6 +258,7 @@ class RunState:
     losses: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
     staleness: dict[str, int | None] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0

@@ -44,7 +44,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from . import hub
-from .aggregation import WeightedMean
+from .aggregation import JUDGED_FROM, WeightedMean, outliers
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .model_card import make_model_card
@@ -235,6 +235,9 @@ class FederatedMixin:
         self._clients = _make_store(self._store_dir, "clients")
         self._optimizers = _make_store(self._store_dir, "optimizers")
         self._mean = WeightedMean()
+        # Updates of the open round that are judged when it closes, as tensors named `shared|...`, `local|...` and
+        # `optimizer|...`.
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
         self._progress = RunState()
         self._slot_of: dict[str, int] = {}
         self._displaced: dict[str, torch.Tensor] | None = None
@@ -444,6 +447,9 @@ class FederatedMixin:
         if client_id in self._slot_of:
             training = self._take_training(client_id)
             return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
+        if client_id in self._held:
+            held = self._held[client_id]
+            return {name.removeprefix("local|"): t for name, t in held.items() if name.startswith("local|")}
         # Until this run has begun, a store on disk may hold the clients of another.
         stored = self._owns_store and client_id in self._clients
         return self._clients.get(client_id) if stored else self._initial_local
@@ -876,7 +882,7 @@ class FederatedMixin:
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
             self._take_edits()
             self._initial_shared = clone_tensors(self._shared)
-            self._mean, self._progress = WeightedMean(), RunState()
+            self._mean, self._held, self._progress = WeightedMean(), {}, RunState()
         self._resuming, self._has_run, self._at_rest = False, True, False
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
@@ -1017,24 +1023,77 @@ class FederatedMixin:
                 continue  # The run was stopped before its first step ended, so it is as it was.
             returned = self._slots.take(slot, "shared")
             if fault := progress.left_out.get(client_id) or self._fault_of(client_id, slot, sent, returned):
-                progress.left_out[client_id] = fault
-                logger.warning("Client %s is left out of round %d: %s.", client_id, progress.rounds_done, fault)
+                self._leave_out(client_id, fault)
                 continue
-            progress.weights[client_id] = self._weight(client_id)
-            if self._trains_shared:
-                progress.bytes_up += count_bytes(returned)
-                self._mean.add(returned, progress.weights[client_id])
-            self._clients.put(client_id, self._slots.select(slot, "local"))
-            last = progress.last_round.get(client_id)
-            progress.staleness[client_id] = None if last is None else progress.rounds_done - last
-            progress.last_round[client_id] = progress.rounds_done
-            if not self._resets_optimizer and not self._keeps_trainer_loop:
-                self._optimizers.put(client_id, self._take_optimizer_state(slot))
+            keeps_optimizer = not self._resets_optimizer and not self._keeps_trainer_loop
+            optimizer = self._take_optimizer_state(slot) if keeps_optimizer else {}
+            if self._stands_out(client_id, sent, returned):
+                parts = {"shared": returned, "local": self._slots.take(slot, "local"), "optimizer": optimizer}
+                self._held[client_id] = {f"{part}|{key}": t for part, ts in parts.items() for key, t in ts.items()}
+            else:
+                self._count(client_id, returned, self._slots.select(slot, "local"), optimizer)
         if self._loss_scale_before_wave and any(c in progress.left_out for c in wave.client_ids):
             # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
             self.accelerator.scaler.load_state_dict(self._loss_scale_before_wave)
         self._slot_of = {}
         progress.wave_open, progress.waves_done = False, progress.waves_done + 1
+
+    def _stands_out(
+        self, client_id: str, sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Whether a client's change of A is large enough to be compared to those of the others, once all are known."""
+        if self.args.max_update_norm != "auto" or len(self.client_ids) == 1:
+            return False
+        before, change = _norm_and_change(sent, returned)
+        self._progress.changes[client_id] = [change, self._loss_counts[client_id]]
+        return change > JUDGED_FROM * before
+
+    def _count(
+        self,
+        client_id: str,
+        returned: Mapping[str, torch.Tensor],
+        local: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Adds a client's A to the average and keeps its B."""
+        progress = self._progress
+        progress.weights[client_id] = self._weight(client_id)
+        if self._trains_shared:
+            progress.bytes_up += count_bytes(returned)
+            self._mean.add(returned, progress.weights[client_id])
+        self._clients.put(client_id, local)
+        last = progress.last_round.get(client_id)
+        progress.staleness[client_id] = None if last is None else progress.rounds_done - last
+        progress.last_round[client_id] = progress.rounds_done
+        if not self._resets_optimizer and not self._keeps_trainer_loop:
+            self._optimizers.put(client_id, optimizer)
+
+    def _judge(self) -> None:
+        """
+        Leaves out the clients that stand out from the others of the round, and counts the rest of those held back.
+
+        It comes at the round's end, so that it does not matter which clients trained side by side, or in one process.
+        """
+        if self.args.max_update_norm != "auto" or len(self.client_ids) == 1:
+            return
+        changes = {client_id: (change, steps) for client_id, (change, steps) in self._progress.changes.items()}
+        if self.spans_processes:
+            changes = {c: change for part in gather_object([changes]) for c, change in part.items()}
+        faults = outliers(changes, norm=float(nn.utils.get_total_norm(t.float() for t in self._broadcast().values())))
+        for client_id, tensors in self._held.items():
+            if client_id in faults:
+                self._leave_out(client_id, faults[client_id])
+                continue
+            parts: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "local": {}, "optimizer": {}}
+            for name, tensor in tensors.items():
+                part, key = name.split("|", maxsplit=1)
+                parts[part][key] = tensor
+            self._count(client_id, parts["shared"], parts["local"], parts["optimizer"])
+        self._held = {}
+
+    def _leave_out(self, client_id: str, fault: str) -> None:
+        self._progress.left_out[client_id] = fault
+        logger.warning("Client %s is left out of round %d: %s.", client_id, self._progress.rounds_done, fault)
 
     def _fault_of(
         self, client_id: str, slot: int, sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]
@@ -1045,14 +1104,13 @@ class FederatedMixin:
             return f"its loss is {loss}"
         if not torch.isfinite(nn.utils.get_total_norm(self._slots.select(slot).values())):
             return "its update is not finite"
-        if self.args.max_update_norm is None:
+        if self.args.max_update_norm in (None, "auto"):
             return None
-        before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
-        change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
+        before, change = _norm_and_change(sent, returned)
         # A that starts at zero, as that of embeddings does, has no scale to compare to.
         if before > 0 and change > self.args.max_update_norm * before:
             return (
-                f"its A has changed by {float(change / before):.3g} times the norm it had, more than "
+                f"its A has changed by {change / before:.3g} times the norm it had, more than "
                 f"`max_update_norm={self.args.max_update_norm}`"
             )
         return None
@@ -1068,6 +1126,7 @@ class FederatedMixin:
         return float(work.num_examples(num_rows, order, self._loss_counts[client_id]))
 
     def _close_round(self) -> None:
+        self._judge()
         losses = {c: float(self._losses[c]) / self._loss_counts[c] for c in self._progress.weights}
         if self.spans_processes:
             losses = self._combine_processes(losses)
@@ -1463,6 +1522,8 @@ class FederatedMixin:
             write_safetensors(folder / "clients" / f"{client_id}.safetensors", self._clients.get(client_id))
         for client_id in self._optimizers:
             write_safetensors(folder / "optimizers" / f"{client_id}.safetensors", self._optimizers.get(client_id))
+        for client_id, tensors in self._held.items():
+            write_safetensors(folder / "held" / f"{client_id}.safetensors", tensors)
         if progress.wave_open:
             slots = {f"{slot}|{k}": t for slot in self._slot_of.values() for k, t in self._slots.take(slot).items()}
             write_safetensors(folder / "slots.safetensors", slots)
@@ -1701,6 +1762,8 @@ class FederatedMixin:
         with self._first_process_first():
             self._claim_store(resuming=True)
             self._fill_stores({"clients": folder / "clients", "optimizers": folder / "optimizers"})
+        held = (folder / "held").glob("*.safetensors")
+        self._held = {path.name.removesuffix(".safetensors"): load_file(path) for path in sorted(held)}
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
@@ -2055,6 +2118,13 @@ class _Replay:
 
     def __call__(self, *args, **kwargs):
         return self.outputs
+
+
+def _norm_and_change(sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Norm of what a client was sent, and of how far from it is what the client returned."""
+    before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
+    change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
+    return float(before), float(change)
 
 
 def _num_rows(inputs: Mapping[str, Any]) -> int:

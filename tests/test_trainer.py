@@ -842,9 +842,10 @@ class TestOptimizers:
     def test_every_optimizer_trains_alike_in_parallel_and_one_by_one(self, make_trained, three, optim, reset):
         if optim == "adamw_8bit":
             pytest.importorskip("bitsandbytes")
+        rate = 1e-4 if optim == "rmsprop" else 1e-3  # It turns rounding noise into full steps.
         one, parallel = (
             make_trained(
-                three, optim=optim, reset_optimizer=reset, learning_rate=1e-3, local_steps=2, parallel_clients=m
+                three, optim=optim, reset_optimizer=reset, learning_rate=rate, local_steps=2, parallel_clients=m
             )
             for m in (1, 3)
         )
