@@ -33,6 +33,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -158,6 +159,7 @@ class FederatedMixin:
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
             _check_loss_scale(args, num_slots)
+            _refuse_another_sampler(self)
             # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
             args.average_tokens_across_devices = False
         if args.push_to_hub:
@@ -583,6 +585,12 @@ class FederatedMixin:
         values = super().set_initial_training_values(args, dataloader)
         if self._keeps_trainer_loop:
             return values
+        if not self._rounds:
+            raise ValueError(
+                f"The `get_train_dataloader` of `{type(self).__name__}` did not call the one it overrides, so no "
+                "round is planned, and its batches do not say which rows are of which client. Change what "
+                "`super().get_train_dataloader()` returns, or pass a `data_collator`."
+            )
         epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
         max_steps = sum(round_.num_steps for round_ in self._rounds)
         work = self._local_work()
@@ -722,6 +730,10 @@ class FederatedMixin:
         length = main_input.shape[1] if isinstance(main_input, torch.Tensor) and main_input.dim() > 1 else None
         return self._slots.rows(slot_rows, sequence_length=length)
 
+    def _overridden(self, name: str) -> bool:
+        """Whether a subclass, or an assignment to this trainer, has put another method in the place of ours."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(FederatedMixin, name)
+
     def _serves_clients_together(self, num_items_in_batch) -> bool:
         """Whether one forward pass yields a loss per row. If not, the clients of a step run one after the other."""
         return False
@@ -745,7 +757,7 @@ class FederatedMixin:
             loss = super().compute_loss(replay, client_inputs, num_items_in_batch=self._step_items[slot])
             self._add_loss(slot, loss)
             total = loss if total is None else total + loss
-        return total
+        return (total, outputs) if return_outputs else total
 
     # The Trainer walks over the model for this at every step, and counts the adapters of all slots for every token.
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -798,18 +810,24 @@ class FederatedMixin:
 
     # Optimizer and schedule
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if self._fresh_optimizer_groups is None:
-            self._fresh_optimizer_groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
-            if any(id(p) not in known for p in slots):
-                raise ValueError(
-                    "The optimizer passed in `optimizers` does not hold the parameters of all slots, which the "
-                    "trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set `parallel_clients=1`."
-                )
-        return optimizer
+    def _note_optimizer(self) -> None:
+        """Keeps what the optimizer's groups held when it was made. A subclass may have made it."""
+        if self._fresh_optimizer_groups is not None:
+            return
+        self._fresh_optimizer_groups = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
+        if any(id(p) not in known for p in slots):
+            raise ValueError(
+                "The optimizer passed in `optimizers` or made by `create_optimizer` does not hold the parameters of "
+                "all slots, which the trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set "
+                "`parallel_clients=1`."
+            )
+
+    # A resumed run has used the optimizer before training begins.
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        self._note_optimizer()
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
         if not self._keeps_trainer_loop:
@@ -874,6 +892,7 @@ class FederatedMixin:
 
     def begin_run(self) -> None:
         """Starts from the present weights, unless a checkpoint has just been loaded."""
+        self._note_optimizer()
         if not self._resuming:
             if not self._has_run:
                 with self._first_process_first():
@@ -954,6 +973,12 @@ class FederatedMixin:
         slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
         for slot in slots:
             client_id = self._client_in(slot)
+            if client_id not in self._losses and client_id not in progress.left_out:
+                raise RuntimeError(
+                    f"The step of client {client_id!r} has no loss: the `training_step` of `{type(self).__name__}` "
+                    "did not call the one it overrides, which divides the work by client. Call "
+                    "`super().training_step`, or put your computation into `compute_loss`."
+                )
             self._loss_counts[client_id] = self._loss_counts.get(client_id, 0) + 1
         if self._keeps_trainer_loop:
             return  # The Trainer's loader knows how long the pass is, and ends the epoch.
@@ -1989,6 +2014,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             and self.compute_loss_func is None
             and self.label_smoother is None
             and not self.aux_loss_enabled
+            and not self._overridden("compute_loss")
         )
 
     def _score_rows(self, model: nn.Module, inputs: dict[str, Any]) -> FusedCausalLMOutput:
@@ -2310,6 +2336,15 @@ def _refuse_packing(args: FederatedConfig) -> None:
             "`packing=True` joins rows into sequences that no longer say which client they are of. Set "
             "`packing=False` (and leave `eval_packing` out); `train_sampling_strategy='group_by_length'` also saves "
             "padding."
+        )
+
+
+def _refuse_another_sampler(trainer: Trainer) -> None:
+    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
+        raise ValueError(
+            f"`{type(trainer).__name__}` has a `_get_train_sampler` of its own, which would not be asked: every "
+            "client's rows are drawn by themselves. Set `train_sampling_strategy` ('sequential' keeps the order of "
+            "your rows), and choose the clients of a round with `client_sampler`."
         )
 
 

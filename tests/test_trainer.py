@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_args, make_lora, make_model, make_rows, max_difference
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -22,7 +22,7 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer
@@ -100,12 +100,10 @@ class Recorder:
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         super().__init__(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.model.training:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if len(inputs["input_ids"]):
             self.seen.append((self.state.global_step, inputs["input_ids"].clone(), inputs["labels"].clone()))
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
 class RecordingTrainer(Recorder, FederatedTrainer):
@@ -1671,6 +1669,106 @@ class TestReading:
 
 
 # Arguments of the constructor
+
+
+class OwnLoss(FederatedTrainer):
+    """As users write it: the model's own loss, and something of theirs on top."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = 2 * outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class LossWithOutputs(FederatedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss + 0.1 * loss.detach() * loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnOptimizer(FederatedTrainer):
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+        return self.optimizer
+
+
+class TestSubclasses:
+    """What users of TRL override works, the clients of a step taking turns where they must, or it is refused."""
+
+    @pytest.mark.parametrize("trainer_class", [OwnLoss, LossWithOutputs, OwnOptimizer])
+    def test_it_trains_alike_in_parallel_and_one_by_one(self, make_trained, three, trainer_class):
+        one, parallel = (
+            make_trained(
+                three, trainer_class=trainer_class, optim="sgd", learning_rate=0.1, num_rounds=1, parallel_clients=m
+            )
+            for m in (1, 3)
+        )
+        assert all(has_trained(parallel, client_id) for client_id in three)
+        assert max_difference(weights_of(one), weights_of(parallel)) < 1e-5
+        assert logged(parallel, "loss")[0] == pytest.approx(sum(logged(one, "loss")[::3]) / 3, rel=1e-5)
+
+    def test_a_loss_of_ones_own_is_that_of_sft_trainer(self, make_trained, tmp_path, tokenizer, clients):
+        common = {"optim": "sgd", "learning_rate": 0.1, "num_rounds": None, "local_steps": None, "num_train_epochs": 1}
+        federated = make_trained({"only": clients["client_0"]}, trainer_class=OwnLoss, **common, seed=3)
+
+        class OwnLossOfSFT(SFTTrainer):
+            compute_loss = OwnLoss.compute_loss
+
+        args = make_args(tmp_path / "plain", **common, seed=3)
+        plain = OwnLossOfSFT(
+            model=make_model(),
+            args=args,
+            train_dataset=clients["client_0"],
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+        )
+        plain.train()
+        tensors = {**federated.shared_state_dict(), **federated.client_state_dict("only")}
+        assert max_difference(tensors, get_peft_model_state_dict(plain.model)) < 1e-6
+
+    def test_a_loss_put_in_afterwards(self, make_trainer, three):
+        trainer = make_trainer(three, num_rounds=1, local_steps=1, parallel_clients=3)
+        seen = []
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(len(inputs["input_ids"]))
+            return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+
+        trainer.compute_loss = compute_loss
+        trainer.train()
+        assert seen == [2, 2, 2]
+
+    def test_a_sampler_of_ones_own_is_refused(self, make_trainer, three):
+        class OwnSampler(FederatedTrainer):
+            def _get_train_sampler(self, train_dataset=None):
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        with pytest.raises(ValueError, match="`OwnSampler` has a `_get_train_sampler`.*would not be asked.*Set"):
+            make_trainer(three, trainer_class=OwnSampler, model="not/loaded")
+        make_trainer(
+            three["client_0"], trainer_class=OwnSampler, num_rounds=None, local_steps=None, num_train_epochs=1
+        )
+
+    def test_a_loader_that_divides_nothing_by_client_is_refused(self, make_trainer, three):
+        class OwnLoader(FederatedTrainer):
+            def get_train_dataloader(self):
+                return SFTTrainer.get_train_dataloader(self)
+
+        with pytest.raises(
+            ValueError, match="`get_train_dataloader` of `OwnLoader` did not call the one it overrides"
+        ):
+            make_trainer(three, trainer_class=OwnLoader).train()
+
+    def test_a_step_that_divides_nothing_by_client_is_refused(self, make_trainer, three):
+        class OwnStep(FederatedTrainer):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                return torch.zeros(())
+
+        with pytest.raises(RuntimeError, match="'client_0' has no loss: the `training_step` of `OwnStep`.*super()"):
+            make_trainer(three, trainer_class=OwnStep, parallel_clients=1).train()
 
 
 class TestConstructor:
