@@ -48,6 +48,16 @@ from . import hub
 from .aggregation import JUDGED_FROM, WeightedMean, outliers
 from .callbacks import FederatedCallback, FederatedProgressCallback, RoundCallback, log_line, round_metrics
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .local_optimizer import (
+    counted,
+    counters,
+    counters_from,
+    groups_of,
+    refuse_kept_weights,
+    refuse_optimizer,
+    renewed,
+    split_groups,
+)
 from .model_card import make_model_card
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import merge_clients, rows_by_client
@@ -175,7 +185,11 @@ class FederatedMixin:
                 )
         self._client_sampler = client_sampler or functools.partial(self._sample_clients, args)
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
+        if not self._keeps_trainer_loop:
+            refuse_optimizer(args, keeps_state=not self._resets_optimizer, num_clients=len(self.client_ids))
         self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
+        # What the optimizer had counted in a group when its client last took a step.
+        self._counts: dict[int, dict[str, Any]] = {}
         # What the step in progress trains, see `get_batch_samples`.
         self._step_items: dict[int, torch.Tensor | None] = {}
         self._step_batches: dict[int, int] = {}
@@ -402,7 +416,8 @@ class FederatedMixin:
         """
         self._check_client(client_id)
         self._take_edits()
-        return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
+        with self._weights_to_be_used():
+            return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
 
     @contextlib.contextmanager
     def use_client(self, client_id: str) -> Iterator[PeftModel]:
@@ -419,16 +434,38 @@ class FederatedMixin:
         """
         self._check_client(client_id)
         self._take_edits()
-        tensors = self._client_tensors(client_id)
-        before, outer = self._slots.take(0), self._displaced
-        self._displaced = outer if outer is not None else before
+        with self._weights_to_be_used():
+            tensors = self._client_tensors(client_id)
+            before, outer = self._slots.take(0), self._displaced
+            self._displaced = outer if outer is not None else before
+            try:
+                self._slots.load(0, tensors)
+                with self._slots.whole_batches(0):
+                    yield self.model
+            finally:
+                self._slots.load(0, before)
+                self._displaced = outer
+
+    @contextlib.contextmanager
+    def _weights_to_be_used(self) -> Iterator[None]:
+        """
+        Within this context the slots hold the weights that clients serve with, where the optimizer trains others.
+
+        Afterwards all is bit for bit as it was: an optimizer that converts them there and back rounds twice.
+        """
+        if not self._slot_of or self._displaced is not None or not self._trains_other_weights:
+            yield
+            return
+        training = {slot: self._slots.take(slot) for slot in self._slot_of.values()}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._inner_optimizer.param_groups]
+        self._inner_optimizer.eval()
         try:
-            self._slots.load(0, tensors)
-            with self._slots.whole_batches(0):
-                yield self.model
+            yield
         finally:
-            self._slots.load(0, before)
-            self._displaced = outer
+            for group, before in zip(self._inner_optimizer.param_groups, groups, strict=True):
+                group.update(before)
+            for slot, tensors in training.items():
+                self._slots.load(slot, tensors)
 
     def _check_client(self, client_id: str) -> None:
         if client_id in self.client_ids:
@@ -811,10 +848,9 @@ class FederatedMixin:
     # Optimizer and schedule
 
     def _note_optimizer(self) -> None:
-        """Keeps what the optimizer's groups held when it was made. A subclass may have made it."""
+        """Keeps what the optimizer's groups hold as long as it is fresh. A subclass may have made it."""
         if self._fresh_optimizer_groups is not None:
             return
-        self._fresh_optimizer_groups = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
         known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
         if any(id(p) not in known for p in slots):
@@ -823,16 +859,32 @@ class FederatedMixin:
                 "all slots, which the trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set "
                 "`parallel_clients=1`."
             )
+        if not self._resets_optimizer and len(self.client_ids) > 1 and self._trains_other_weights:
+            refuse_kept_weights(type(self._inner_optimizer).__name__)
+        if self._counts_by_client:
+            split_groups(self._inner_optimizer, self._slots.parameters)
+        self._fresh_optimizer_groups = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
 
-    # A resumed run has used the optimizer before training begins.
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        self._note_optimizer()
-        super()._load_optimizer_and_scheduler(checkpoint)
+    @property
+    def _counts_by_client(self) -> bool:
+        """Whether clients side by side have counts of their own in the optimizer's groups."""
+        return not self._resets_optimizer and len(self._slots) > 1
 
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _trains_other_weights(self) -> bool:
+        """Whether the optimizer holds other weights while it trains than those to be used: it is schedule-free."""
+        return callable(getattr(self._inner_optimizer, "eval", None))
+
+    # Called once the optimizer is there, whoever made it, and before a resumed run's state is in it.
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
         if not self._keeps_trainer_loop:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
             num_training_steps = sum(round_.local_steps for round_ in self._rounds)
+        self._note_optimizer()
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
@@ -856,43 +908,76 @@ class FederatedMixin:
             if id(p) in position
         }
 
-    def _set_optimizer_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Replaces all of the optimizer's state. Learning rates stay; other counters in the groups start anew."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        for group, fresh in zip(groups, self._fresh_optimizer_groups, strict=True):
-            group.update({k: copy.deepcopy(v) for k, v in fresh.items() if k not in ("params", "lr", "initial_lr")})
+    def _set_optimizer_state(
+        self, state: dict[int, dict[str, Any]], counts: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Replaces all of the optimizer's state, and what it counts in its groups. Learning rates stay."""
+        pairs = zip(self.optimizer.state_dict()["param_groups"], self._fresh_optimizer_groups, strict=True)
+        groups = [renewed(group, copy.deepcopy(fresh)) for group, fresh in pairs]
+        for index, entries in (counts or {}).items():
+            groups[index].update(entries)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _take_optimizer_state(self, slot: int) -> dict[str, torch.Tensor]:
-        """A slot's optimizer state as tensors, numbers among them as tensors without dimensions."""
-        state = self.optimizer.state_dict()["state"]
-        return {
+        """
+        A slot's optimizer state as tensors, numbers among them as tensors without dimensions.
+
+        What the optimizer counts in the slot's parameter groups is named `group|<number>|...`.
+        """
+        saved = self.optimizer.state_dict()
+        taken = {
             f"{key}|{name}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
             for (owner, key), position in self._optimizer_entries().items()
             if owner == slot
-            for name, value in _flatten(state.get(position, {}))
+            for name, value in _flatten(saved["state"].get(position, {}))
         }
+        for number, index in enumerate(groups_of(self.optimizer, self._slots.parameters[slot])):
+            changed = counters(saved["param_groups"][index], self._fresh_optimizer_groups[index])
+            taken |= {f"group|{number}|{name}": value for name, value in changed.items()}
+        return taken
+
+    def _keep_counts(self, trained: list[int]) -> None:
+        """Undoes what an optimizer counted for clients that were not in the step. It counts steps, not gradients."""
+        for slot in self._slot_of.values():
+            for index in groups_of(self.optimizer, self._slots.parameters[slot]):
+                group = self.optimizer.param_groups[index]
+                if slot in trained or index not in self._counts:
+                    self._counts[index] = counted(group)
+                else:
+                    group.update(counted(self._counts[index]))
 
     def _load_optimizer_states(self, wave: Wave) -> None:
         state: dict[int, dict[str, Any]] = {}
+        counts: dict[int, dict[str, Any]] = {}
         entries = self._optimizer_entries()
         for slot, client_id in enumerate(wave.client_ids):
-            if client_id in self._optimizers:
-                for name, value in self._optimizers.get(client_id).items():
-                    key, *fields, last = name.split("|")
-                    entry = state.setdefault(entries[slot, key], {})
-                    for field in fields:
-                        entry = entry.setdefault(field, {})
-                    # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
-                    number = value.dim() == 0 and not value.is_floating_point()
-                    entry[last] = value.item() if number else value
-        self._set_optimizer_state(state)
+            if client_id not in self._optimizers:
+                continue
+            groups = groups_of(self.optimizer, self._slots.parameters[slot])
+            for name, value in self._optimizers.get(client_id).items():
+                if name.startswith("group|"):
+                    _, number, entry_name = name.split("|", maxsplit=2)
+                    counts.setdefault(groups[int(number)], {}).update(counters_from({entry_name: value}))
+                    continue
+                key, *fields, last = name.split("|")
+                entry = state.setdefault(entries[slot, key], {})
+                for field in fields:
+                    entry = entry.setdefault(field, {})
+                # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
+                number = value.dim() == 0 and not value.is_floating_point()
+                entry[last] = value.item() if number else value
+        self._set_optimizer_state(state, counts)
 
     # Rounds: called by `RoundCallback` from the Trainer's events
 
     def begin_run(self) -> None:
         """Starts from the present weights, unless a checkpoint has just been loaded."""
-        self._note_optimizer()
+        if self._fresh_optimizer_groups is None and not self._keeps_trainer_loop:
+            raise ValueError(
+                f"The `create_scheduler` of `{type(self).__name__}` did not call the one it overrides, so its "
+                "schedule is as long as the run and not as the clients' own steps. Call "
+                "`super().create_scheduler(...)`, or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
+            )
         if not self._resuming:
             if not self._has_run:
                 with self._first_process_first():
@@ -960,6 +1045,8 @@ class FederatedMixin:
         wave = self._current_wave()
         if not progress.wave_open:
             self._open_wave(wave)
+        if self._counts_by_client and not self._counts:
+            self._keep_counts(trained=[])
         if not self._keeps_trainer_loop:
             # From (seed, round, clients, step) alone, so that a step can be replayed whatever was drawn before it.
             torch.manual_seed(
@@ -971,6 +1058,8 @@ class FederatedMixin:
         progress = self._progress
         progress.wave_steps += 1
         slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
+        if self._counts_by_client:
+            self._keep_counts(slots)
         for slot in slots:
             client_id = self._client_in(slot)
             if client_id not in self._losses and client_id not in progress.left_out:
@@ -1034,14 +1123,13 @@ class FederatedMixin:
         if self.accelerator.scaler is not None:
             self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
         progress.wave_open, progress.wave_steps = True, 0
+        self._counts = {}
 
     def _close_wave(self) -> None:
         progress = self._progress
         wave = self._current_wave()
-        # Schedule-free optimizers hold other weights while they train than those to be used.
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if callable(getattr(inner, "eval", None)):
-            inner.eval()
+        if self._trains_other_weights:
+            self._inner_optimizer.eval()
         sent = self._broadcast()
         for slot, client_id in enumerate(wave.client_ids):
             if not self._loss_counts.get(client_id) and client_id not in progress.left_out:
@@ -1417,17 +1505,18 @@ class FederatedMixin:
         if self.processing_class is not None:
             processing_files = hub.save_processing_class(self.processing_class, directory)
         torch.save(self.args, directory / "training_args.bin")
-        hub.save_federation(
-            directory,
-            {**self._describe(), "processing_files": processing_files},
-            self._progress.history,
-            model=self.model,
-            adapter_name=self._slots.names[0],
-            shared=self._shared,
-            client_tensors=self._client_tensors,
-            initial_tensors=self._created,
-            frozen=self._frozen_tensors,
-        )
+        with self._weights_to_be_used():
+            hub.save_federation(
+                directory,
+                {**self._describe(), "processing_files": processing_files},
+                self._progress.history,
+                model=self.model,
+                adapter_name=self._slots.names[0],
+                shared=self._shared,
+                client_tensors=self._client_tensors,
+                initial_tensors=self._created,
+                frozen=self._frozen_tensors,
+            )
 
     @functools.cached_property
     def _frozen_tensors(self) -> dict[str, torch.Tensor]:

@@ -53,11 +53,6 @@ PRIVATE_NAMES = {
         ("resume_from_checkpoint", "model"),
         "overrides it to load the federation in place of one adapter",
     ),
-    "_load_optimizer_and_scheduler": (
-        Trainer,
-        ("checkpoint",),
-        "overrides it to see the optimizer before a resumed run's state is in it",
-    ),
     "_get_train_sampler": (Trainer, ("train_dataset",), "refuses a subclass that overrides it, which has no effect"),
     "_push_from_checkpoint": (
         Trainer,

@@ -929,6 +929,172 @@ class TestOptimizers:
             trainer.train()
 
 
+class Counting(torch.optim.Optimizer):
+    """SGD that counts steps in its groups, as AdEMAMix and StableAdamW do, and takes ever smaller ones."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": 0, "weight_sum": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["weight_sum"] += 1 / 3
+            group["step"] = group.get("step", torch.zeros((), dtype=torch.int32))
+            group["step"] += 1
+            size = group["lr"] * 3 * group["weight_sum"] / (group["k"] * int(group["step"]))
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p]["seen"] = True
+                p.sub_(p.grad, alpha=size)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that trains at `y = 0.1 z + 0.9 x`, as `schedulefree` does, with the mean `x` to be used."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": 0, "train_mode": False})
+
+    def _switch(self, train, weight):
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                group["train_mode"] = train
+                for p in (p for p in group["params"] if "z" in self.state[p]):
+                    p.data.lerp_(self.state[p]["z"], weight)
+
+    def train(self):
+        self._switch(True, 0.1)
+
+    def eval(self):
+        self._switch(False, 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                z = self.state[p].setdefault("z", p.detach().clone())
+                p.lerp_(z, 1 / group["k"]).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / group["k"])))
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+class TestOptimizersThatCount:
+    @pytest.mark.parametrize("reset", [True, False], ids=["reset", "kept"])
+    def test_what_is_counted_in_groups_is_the_clients_own(self, make_trained, unequal, reset):
+        one, parallel = (
+            make_trained(
+                unequal,
+                optimizer_cls_and_kwargs=(Counting, {"lr": 0.3}),
+                lr_scheduler_type="constant",
+                local_steps=None,
+                local_epochs=1,
+                reset_optimizer=reset,
+                parallel_clients=m,
+            )
+            for m in (1, 3)
+        )
+        assert max_difference(weights_of(one), weights_of(parallel)) < 1e-6
+        for trainer in (one, parallel):
+            for client_id, steps in zip(unequal, (8, 6, 2), strict=True) if not reset else ():
+                kept = trainer._optimizers.get(client_id)
+                assert kept["group|0|number|k"].item() == steps
+                assert kept["group|0|tensor|step"].item() == steps
+                assert kept["group|0|number|weight_sum"].item() == sum([1 / 3] * steps)
+        if reset:
+            assert one.optimizer.optimizer.param_groups[0]["k"] == 1  # The last client takes one step.
+
+    def test_idle_clients_are_not_counted_after_a_resume_either(self, make_trainer, unequal, tmp_path):
+        def make():
+            return make_trainer(
+                unequal,
+                optimizer_cls_and_kwargs=(Counting, {"lr": 0.3}),
+                local_steps=None,
+                local_epochs=1,
+                reset_optimizer=False,
+                parallel_clients=3,
+                save_strategy="steps",
+                save_steps=1,
+            )
+
+        whole, again = make(), make()
+        whole.train()
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+        assert max_difference(weights_of(whole), weights_of(again)) == 0
+
+    @pytest.mark.parametrize("optimizer", [Counting, ScheduleFree])
+    def test_one_client_is_as_with_sft_trainer(self, make_trained, clients, tokenizer, tmp_path, optimizer):
+        rows = clients["client_0"]
+        common = {"optimizer_cls_and_kwargs": (optimizer, {"lr": 0.3})}
+        federated = make_trained(rows, num_rounds=3, local_steps=4, learning_rate=0.3, **common)
+        args = make_args(tmp_path / "plain", num_rounds=3, local_steps=None, learning_rate=0.3)
+        plain = SFTTrainer(
+            model=make_model(),
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+            **common,
+        )
+        plain.train()
+        if optimizer is ScheduleFree:
+            plain.optimizer.eval()
+        tensors = {**federated.shared_state_dict(), **federated.client_state_dict("client_0")}
+        assert max_difference(tensors, get_peft_model_state_dict(plain.model)) < 1e-6
+
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_mid_round_the_weights_to_be_used_are_served(self, make_trained, make_trainer, three, parallel):
+        common = {
+            "optimizer_cls_and_kwargs": (ScheduleFree, {"lr": 0.3}),
+            "learning_rate": 0.3,
+            "lr_scheduler_type": "constant",
+            "parallel_clients": parallel,
+            "num_rounds": 1,
+            "local_steps": 2,
+        }
+        expected = make_trained(three, **common)
+        trainer = make_trainer(three, eval_dataset={c: rows.select([0]) for c, rows in three.items()}, **common)
+        served = []
+
+        def serve(trainer, **kwargs):
+            state = trainer.optimizer.optimizer.state
+            used = {}
+            for client_id, slot in trainer._slot_of.items():
+                own = trainer._slots.parameters[slot].items()
+                used[client_id] = {k: p.detach().lerp(state[p].get("z", p.detach()), 1 - 1 / 0.9) for k, p in own}
+            for client_id, tensors in used.items():
+                with trainer.use_client(client_id):
+                    trainer.optimizer.eval()  # As the evaluation loop does.
+                    served.append(max_difference(tensors, trainer._slots.take(0)))
+                local = trainer.client_state_dict(client_id)
+                served.append(max_difference(local, {key: tensors[key] for key in local}))
+
+        watch(trainer, on_pre_optimizer_step=serve, on_step_end=lambda trainer, **kwargs: trainer.evaluate())
+        trainer.train()
+        assert max(served) < 1e-6
+        assert max_difference(weights_of(trainer), weights_of(expected)) == 0
+
+    def test_a_second_copy_of_the_weights_is_not_kept(self, make_trainer, three):
+        trainer = make_trainer(three, optimizer_cls_and_kwargs=(ScheduleFree, {"lr": 0.3}), reset_optimizer=False)
+        with pytest.raises(ValueError, match="'ScheduleFree'.*second copy of the weights.*Set `reset_optimizer=True`"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("optim", "reset", "message"),
+        [
+            ("lomo", None, "within the backward pass"),
+            ("galore_adamw_layerwise", None, "within the backward pass"),
+            ("adamw_torch_8bit", False, "not made of plain tensors and numbers"),
+            ("galore_adamw", False, "not made of plain tensors and numbers"),
+            ("apollo_adamw", False, "not made of plain tensors and numbers"),
+            ("grokadamw", False, "not made of plain tensors and numbers"),
+            ("schedule_free_adamw", False, "second copy of the weights"),
+        ],
+    )
+    def test_what_cannot_be_shared_is_refused_before_a_model_loads(self, make_trainer, three, optim, reset, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(three, model="not/loaded", optim=optim, reset_optimizer=reset)
+
+
 SCHEDULES = [
     {"lr_scheduler_type": "linear"},
     {"lr_scheduler_type": "cosine"},
