@@ -62,9 +62,10 @@ def _replaced(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + REPLACED)
 
 
-def delete_older_checkpoints(newest: Path, limit: int | None) -> None:
+def delete_older_checkpoints(newest: Path, limit: int | None, best: str | None = None) -> None:
     """
-    Deletes checkpoints beside the one that was just written until `limit` are left. That one always stays.
+    Deletes checkpoints beside the one that was just written until `limit` are left. That one and the
+    best one always stay.
 
     What counts is the number of steps and not the time of writing, since clocks may be set back. Steps beyond those of
     the newest checkpoint are not of this run's past but of another run in the folder, and are the first to go.
@@ -74,6 +75,8 @@ def delete_older_checkpoints(newest: Path, limit: int | None) -> None:
             The checkpoint that was just written.
         limit (`int`, *optional*):
             How many to keep. `None` or 0 keeps all.
+        best (`str`, *optional*):
+            The checkpoint with the best metric, where that counts.
     """
     if limit is None or limit <= 0:
         return
@@ -82,7 +85,8 @@ def delete_older_checkpoints(newest: Path, limit: int | None) -> None:
         for path in newest.parent.iterdir()
         if path.is_dir() and (match := re.fullmatch(CHECKPOINT_FOLDER, path.name))
     }
-    others = sorted(steps.keys() - {newest}, key=lambda path: (steps[path] <= steps[newest], steps[path], path.name))
+    stay = {newest, Path(best)} if best is not None else {newest}
+    others = sorted(steps.keys() - stay, key=lambda path: (steps[path] <= steps[newest], steps[path], path.name))
     for path in others[: max(0, len(steps) - limit)]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -1,9 +1,10 @@
 """Arguments of a federated run."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from .identity import check_names_of_changes
@@ -73,10 +74,14 @@ class FederatedConfig(SFTConfig):
         min_clients_per_round (`int`, *optional*, defaults to `1`):
             Clients that must return an update for a round to count. If fewer do, A stays as it was; these clients keep
             the B they have trained.
-        max_update_norm (`float`, *optional*, defaults to `100.0`):
+        max_update_norm (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             Largest change of A that a client may return, as a multiple of the norm of the A it was sent (Frobenius
             norms over all layers). A client beyond it is left out of the round, as are those with a loss or an update
-            that is not finite. `None` sets no limit.
+            that is not finite. `"auto"` leaves out those whose change is more than 5 times the median of the round's
+            clients, and more than half the norm of A; of fewer than 3 clients, those beyond 30 times the norm; a
+            federation of one client has no limit. Whoever is beyond half the norm is kept aside until the round ends.
+            `None` sets no limit. No limit on size stops a small change, however it is meant, or one in a harmful
+            direction, or half of the clients acting together.
 
         > Data
 
@@ -180,11 +185,12 @@ class FederatedConfig(SFTConfig):
         default=1,
         metadata={"help": "Clients that must return an update for a round to count. If fewer do, A stays as it was."},
     )
-    max_update_norm: float | None = field(
-        default=100.0,
+    max_update_norm: float | str | None = field(
+        default="auto",
         metadata={
             "help": "Largest change of A that a client may return, as a multiple of the norm of the A it was sent. "
-            "None sets no limit."
+            "auto compares it to the median change of the round's clients. None sets no limit. It does not stop small "
+            "changes or half of the clients acting together."
         },
     )
     client_column: str = field(
@@ -241,10 +247,13 @@ class FederatedConfig(SFTConfig):
             )
         if self.client_sampling not in ("uniform", "examples"):
             raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {self.client_sampling!r}.")
-        if self.max_update_norm is not None:
+        if isinstance(self.max_update_norm, str):  # As the command line has it.
+            with contextlib.suppress(ValueError):
+                self.max_update_norm = float(self.max_update_norm)
+        if self.max_update_norm not in (None, "auto"):
             if not isinstance(self.max_update_norm, (int, float)):
                 raise TypeError(
-                    f"`max_update_norm` must be a number or None, got {self.max_update_norm!r} of type "
+                    f"`max_update_norm` must be a number, 'auto' or None, got {self.max_update_norm!r} of type "
                     f"{type(self.max_update_norm).__name__}."
                 )
             if not self.max_update_norm > 0:
@@ -269,16 +278,6 @@ class FederatedConfig(SFTConfig):
         if self.num_rounds is not None:
             self.num_train_epochs = self.num_rounds
         super().__post_init__()
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
-                "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
-            )
-        if self.save_strategy == SaveStrategy.BEST:
-            raise ValueError(
-                '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
-                "round ends."
-            )
         if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             raise ValueError(
                 f'`hub_strategy="{self.hub_strategy.value}"` would upload checkpoints, which hold the B of every '

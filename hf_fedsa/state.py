@@ -232,6 +232,8 @@ class RunState:
             Weight of each client of the open round that has returned its tensors.
         left_out (`dict[str, str]`, *optional*):
             Clients of the open round whose update does not count, and why.
+        changes (`dict[str, list[float]]`, *optional*):
+            Per client of the open round whose update is finite: the norm of its change of A, and its local steps.
         staleness (`dict[str, int | None]`, *optional*):
             Per client of the open round, the rounds since it had last trained. `None` if it never had.
         bytes_down (`int`, *optional*, defaults to `0`):
@@ -242,6 +244,10 @@ class RunState:
             Wall time spent in the open round before the last restart.
         last_round (`dict[str, int]`, *optional*):
             Per client, the last round it trained in.
+        stored_before (`list[str]`, *optional*):
+            Clients whose tensors are in the store since before this run: they have trained in an earlier one.
+        with_optimizer (`list[str]`, *optional*):
+            Clients whose optimizer state is in the store.
         history (`list[dict]`, *optional*):
             One entry per finished round.
         results (`dict[str, dict[str, float]]`, *optional*):
@@ -261,11 +267,14 @@ class RunState:
     losses: dict[str, list[float]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
     staleness: dict[str, int | None] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
     last_round: dict[str, int] = field(default_factory=dict)
+    stored_before: list[str] = field(default_factory=list)
+    with_optimizer: list[str] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     results: dict[str, dict[str, float]] = field(default_factory=dict)
     results_after_round: int = 0
@@ -276,6 +285,8 @@ class RunState:
         return RunState(
             rounds_done=len(self.history),
             last_round=self.last_round,
+            stored_before=self.stored_before,
+            with_optimizer=self.with_optimizer,
             history=self.history,
             results=self.results,
             results_after_round=self.results_after_round,
@@ -292,6 +303,15 @@ class RunState:
             left_out={client_id: fault for client_id, fault in self.left_out.items() if client_id not in client_ids},
             bytes_down=self.bytes_down - bytes_down,
         )
+
+    def for_next_run(self, run_id: str) -> "RunState":
+        """The state in which another run begins with what this one has left in the store."""
+        stored = sorted({*self.stored_before, *self.last_round})
+        return RunState(run_id=run_id, stored_before=stored, with_optimizer=self.with_optimizer)
+
+    def has_stored(self, client_id: str) -> bool:
+        """Whether a client's tensors must be in the store."""
+        return client_id in self.last_round or client_id in self.stored_before
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -41,13 +42,13 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from . import hub
-from .aggregation import WeightedMean
+from .aggregation import JUDGED_FROM, WeightedMean, outliers
 from .base_layers import GradientProbe, keep_layout
 from .callbacks import (
     FederatedCallback,
@@ -79,6 +80,16 @@ from .identity import (
     describe_base,
     plain,
     row_fingerprints,
+)
+from .local_optimizer import (
+    counted,
+    counters,
+    counters_from,
+    groups_of,
+    refuse_kept_weights,
+    refuse_optimizer,
+    renewed,
+    split_groups,
 )
 from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
@@ -178,6 +189,8 @@ class FederatedMixin:
             self.client_ids = [ONLY_CLIENT]
         validate_client_ids(self.client_ids)
         _check_federation_size(args, len(self.client_ids))
+        if self._names_clients:
+            _refuse_one_best_model(args)
         images = {"image", "images"} & set(train_dataset.column_names)
         if images and len(self.client_ids) > 1:
             raise ValueError(
@@ -204,6 +217,7 @@ class FederatedMixin:
         if not self._keeps_trainer_loop:
             _refuse_what_needs_the_trainer_loop(args)
             _check_loss_scale(args, num_slots)
+            _refuse_another_sampler(self)
             # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
             args.average_tokens_across_devices = False
         if args.push_to_hub:
@@ -225,7 +239,11 @@ class FederatedMixin:
             )
         self._client_sampler = client_sampler or functools.partial(self._sample_clients, args)
         self._resets_optimizer = args.reset_optimizer if args.reset_optimizer is not None else not single
+        if not self._keeps_trainer_loop:
+            refuse_optimizer(args, keeps_state=not self._resets_optimizer, num_clients=len(self.client_ids))
         self._fresh_optimizer_groups: list[dict[str, Any]] | None = None
+        # What the optimizer had counted in a group when its client last took a step.
+        self._counts: dict[int, dict[str, Any]] = {}
         # What the step in progress trains, see `get_batch_samples`.
         self._step_items: dict[int, torch.Tensor | None] = {}
         self._step_batches: dict[int, int] = {}
@@ -286,6 +304,11 @@ class FederatedMixin:
         self._shared = clone_tensors(self._slots.select(0, "shared"), dtype=torch.float32)
         self._initial_shared = clone_tensors(self._shared)
         self._initial_local = self._slots.take(0, "local")
+        # What some initialisations took out of the base weight, whatever the run starts from.
+        self._created = {**self._initial_shared, **self._initial_local}
+        self._has_run = False
+        # Whether slot 0 holds the first client's adapter, for users to read and to write.
+        self._at_rest = True
         # Where several processes take turns at a client, they find its B on the disk they have in common.
         store = args.client_store_dir
         if store is None and self.spans_processes:
@@ -295,6 +318,9 @@ class FederatedMixin:
         self._clients = _make_store(self._store_dir, "clients")
         self._optimizers = _make_store(self._store_dir, "optimizers")
         self._mean = WeightedMean()
+        # Updates of the open round that are judged when it closes, as tensors named `shared|...`, `local|...` and
+        # `optimizer|...`.
+        self._held: dict[str, dict[str, torch.Tensor]] = {}
         self._progress = RunState()
         self._slot_of: dict[str, int] = {}
         self._displaced: dict[str, torch.Tensor] | None = None
@@ -306,7 +332,7 @@ class FederatedMixin:
         self._resumed = Resumption()
         self._ends_round_first = False
         self._schedule_length = 0
-        self._owns_store = False
+        self._owned_as: str | None = None
         self._rounds: list[Round] = []
         # What is written of the federation
         self._origin: dict[str, Any] | None = None
@@ -408,6 +434,28 @@ class FederatedMixin:
             "clients": sorted(origin.federation["clients"]),
         }
 
+    def _take_edits(self) -> None:
+        """
+        Takes over what has been written into the model's adapter while no run was in progress.
+
+        Only tensors that differ from what was put there, since slots may hold fewer bits than the server.
+        """
+        if self._slot_of or self._displaced is not None or not (self._at_rest or not self._names_clients):
+            return
+        first = self.client_ids[0]
+        placed = self._client_tensors(first)
+        edited = {key: t for key, t in self._slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
+        if not edited:
+            return
+        shared = {key: t.float() for key, t in edited.items() if self._slots.share_of[key] == "shared"}
+        local = {key: t for key, t in edited.items() if key not in shared}
+        self._shared = {**self._shared, **shared}
+        if self._has_run:
+            self._clients.put(first, {**self._local_tensors(first), **local})
+            self._progress.stored_before = sorted({*self._progress.stored_before, first})
+        else:
+            self._initial_local = {**self._initial_local, **local}
+
     # What users read
 
     @property
@@ -425,6 +473,7 @@ class FederatedMixin:
         Returns:
             `dict[str, torch.Tensor]`: copies on the CPU, fp32, under the keys PEFT saves them with.
         """
+        self._take_edits()
         return clone_tensors(self._shared)
 
     def client_state_dict(self, client_id: str) -> dict[str, torch.Tensor]:
@@ -444,7 +493,9 @@ class FederatedMixin:
             [`~hf_fedsa.state.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
         """
         self._check_client(client_id)
-        return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
+        self._take_edits()
+        with self._weights_to_be_used():
+            return clone_tensors(self._local_tensors(client_id), dtype=torch.float32)
 
     @contextlib.contextmanager
     def use_client(self, client_id: str) -> Iterator[PeftModel]:
@@ -461,16 +512,39 @@ class FederatedMixin:
         ```
         """
         self._check_client(client_id)
-        tensors = self._client_tensors(client_id)
-        before, outer = self._slots.take(0), self._displaced
-        self._displaced = outer if outer is not None else before
+        self._take_edits()
+        with self._weights_to_be_used():
+            tensors = self._client_tensors(client_id)
+            before, outer = self._slots.take(0), self._displaced
+            self._displaced = outer if outer is not None else before
+            try:
+                self._slots.load(0, tensors)
+                with self._slots.whole_batches(0):
+                    yield self.model
+            finally:
+                self._slots.load(0, before)
+                self._displaced = outer
+
+    @contextlib.contextmanager
+    def _weights_to_be_used(self) -> Iterator[None]:
+        """
+        Within this context the slots hold the weights that clients serve with, where the optimizer trains others.
+
+        Afterwards all is bit for bit as it was: an optimizer that converts them there and back rounds twice.
+        """
+        if not self._slot_of or self._displaced is not None or not self._trains_other_weights:
+            yield
+            return
+        training = {slot: self._slots.take(slot) for slot in self._slot_of.values()}
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._inner_optimizer.param_groups]
+        self._inner_optimizer.eval()
         try:
-            self._slots.load(0, tensors)
-            with self._slots.whole_batches(0):
-                yield self.model
+            yield
         finally:
-            self._slots.load(0, before)
-            self._displaced = outer
+            for group, before in zip(self._inner_optimizer.param_groups, groups, strict=True):
+                group.update(before)
+            for slot, tensors in training.items():
+                self._slots.load(slot, tensors)
 
     def _check_client(self, client_id: str) -> None:
         if client_id in self.client_ids:
@@ -491,6 +565,9 @@ class FederatedMixin:
         if client_id in self._slot_of:
             training = self._take_training(client_id)
             return {key: tensor for key, tensor in training.items() if self._slots.share_of[key] == "local"}
+        if client_id in self._held:
+            held = self._held[client_id]
+            return {name.removeprefix("local|"): t for name, t in held.items() if name.startswith("local|")}
         if self._trains_elsewhere(client_id):
             raise RuntimeError(
                 f"Client {client_id!r} trains in another process in the round that is open, so what it holds now is "
@@ -498,7 +575,7 @@ class FederatedMixin:
                 "all processes together.)"
             )
         # Not what the store has: that may be of another run until this one has begun, and what is lost must be missed.
-        return self._stored("clients", client_id) if client_id in self._progress.last_round else self._initial_local
+        return self._stored("clients", client_id) if self._progress.has_stored(client_id) else self._initial_local
 
     def _stored(self, store: str, client_id: str) -> dict[str, torch.Tensor]:
         """What a client that has trained has left in a store."""
@@ -639,6 +716,12 @@ class FederatedMixin:
         values = super().set_initial_training_values(args, dataloader)
         if self._keeps_trainer_loop:
             return values
+        if not self._rounds:
+            raise ValueError(
+                f"The `get_train_dataloader` of `{type(self).__name__}` did not call the one it overrides, so no "
+                "round is planned, and its batches do not say which rows are of which client. Change what "
+                "`super().get_train_dataloader()` returns, or pass a `data_collator`."
+            )
         epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
         # Rounds done may have been of other lengths than they would be by the present arguments.
         max_steps = self._round_began_at() + sum(round_.num_steps for round_ in self._rounds_left())
@@ -797,6 +880,10 @@ class FederatedMixin:
         length = main_input.shape[1] if isinstance(main_input, torch.Tensor) and main_input.dim() > 1 else None
         return self._slots.rows(slot_rows, sequence_length=length)
 
+    def _overridden(self, name: str) -> bool:
+        """Whether a subclass, or an assignment to this trainer, has put another method in the place of ours."""
+        return name in vars(self) or getattr(type(self), name) is not getattr(FederatedMixin, name)
+
     def _serves_clients_together(self, num_items_in_batch) -> bool:
         """Whether one forward pass yields a loss per row. If not, the clients of a step run one after the other."""
         return False
@@ -820,7 +907,7 @@ class FederatedMixin:
             loss = super().compute_loss(replay, client_inputs, num_items_in_batch=self._step_items[slot])
             self._add_loss(slot, loss)
             total = loss if total is None else total + loss
-        return total
+        return (total, outputs) if return_outputs else total
 
     # The Trainer walks over the model for this at every step, and counts the adapters of all slots for every token.
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -873,25 +960,45 @@ class FederatedMixin:
 
     # Optimizer and schedule
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        self._slots.keep_trained()  # The Trainer takes what trains.
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if self._fresh_optimizer_groups is None:
-            self._fresh_optimizer_groups = copy.deepcopy(optimizer.state_dict()["param_groups"])
-            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
-            if any(id(p) not in known for p in slots):
-                raise ValueError(
-                    "The optimizer passed in `optimizers` does not hold the parameters of all slots, which the "
-                    "trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set `parallel_clients=1`."
-                )
-        return optimizer
+    def _note_optimizer(self) -> None:
+        """Keeps what the optimizer's groups hold as long as it is fresh. A subclass may have made it."""
+        if self._fresh_optimizer_groups is not None:
+            return
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        slots = [p for slot in self._slots.parameters for p in slot.values() if p.requires_grad]
+        if any(id(p) not in known for p in slots):
+            raise ValueError(
+                "The optimizer passed in `optimizers` or made by `create_optimizer` does not hold the parameters of "
+                "all slots, which the trainer makes. Pass `optimizer_cls_and_kwargs` instead, or set "
+                "`parallel_clients=1`."
+            )
+        if not self._resets_optimizer and len(self.client_ids) > 1 and self._trains_other_weights:
+            refuse_kept_weights(type(self._inner_optimizer).__name__)
+        if self._counts_by_client:
+            split_groups(self._inner_optimizer, self._slots.parameters)
+        self._fresh_optimizer_groups = copy.deepcopy(self.optimizer.state_dict()["param_groups"])
 
+    @property
+    def _counts_by_client(self) -> bool:
+        """Whether clients side by side have counts of their own in the optimizer's groups."""
+        return not self._resets_optimizer and len(self._slots) > 1
+
+    @property
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    @property
+    def _trains_other_weights(self) -> bool:
+        """Whether the optimizer holds other weights while it trains than those to be used: it is schedule-free."""
+        return callable(getattr(self._inner_optimizer, "eval", None))
+
+    # Called once the optimizer is there, whoever made it, and before a resumed run's state is in it.
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
         if not self._keeps_trainer_loop:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
             num_training_steps = self._resumed.scheduled_before + sum(r.local_steps for r in self._rounds_left())
             self._schedule_length = num_training_steps
+        self._note_optimizer()
         return super().create_scheduler(num_training_steps, optimizer)
 
     @property
@@ -923,53 +1030,90 @@ class FederatedMixin:
             if id(p) in position
         }
 
-    def _set_optimizer_state(self, state: dict[int, dict[str, Any]]) -> None:
-        """Replaces all of the optimizer's state. Learning rates stay; other counters in the groups start anew."""
-        groups = self.optimizer.state_dict()["param_groups"]
-        for group, fresh in zip(groups, self._fresh_optimizer_groups, strict=True):
-            group.update({k: copy.deepcopy(v) for k, v in fresh.items() if k not in ("params", "lr", "initial_lr")})
+    def _set_optimizer_state(
+        self, state: dict[int, dict[str, Any]], counts: Mapping[int, Mapping[str, Any]] | None = None
+    ) -> None:
+        """Replaces all of the optimizer's state, and what it counts in its groups. Learning rates stay."""
+        pairs = zip(self.optimizer.state_dict()["param_groups"], self._fresh_optimizer_groups, strict=True)
+        groups = [renewed(group, copy.deepcopy(fresh)) for group, fresh in pairs]
+        for index, entries in (counts or {}).items():
+            groups[index].update(entries)
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _take_optimizer_state(self, slot: int) -> dict[str, torch.Tensor]:
-        """A slot's optimizer state as tensors, numbers among them as tensors without dimensions."""
-        state = self.optimizer.state_dict()["state"]
-        return {
+        """
+        A slot's optimizer state as tensors, numbers among them as tensors without dimensions.
+
+        What the optimizer counts in the slot's parameter groups is named `group|<number>|...`.
+        """
+        saved = self.optimizer.state_dict()
+        taken = {
             f"{key}|{name}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
             for (owner, key), position in self._optimizer_entries().items()
             if owner == slot
-            for name, value in _flatten(state.get(position, {}))
+            for name, value in _flatten(saved["state"].get(position, {}))
         }
+        for number, index in enumerate(groups_of(self.optimizer, self._slots.parameters[slot])):
+            changed = counters(saved["param_groups"][index], self._fresh_optimizer_groups[index])
+            taken |= {f"group|{number}|{name}": value for name, value in changed.items()}
+        return taken
+
+    def _keep_counts(self, trained: list[int]) -> None:
+        """Undoes what an optimizer counted for clients that were not in the step. It counts steps, not gradients."""
+        for slot in self._slot_of.values():
+            for index in groups_of(self.optimizer, self._slots.parameters[slot]):
+                group = self.optimizer.param_groups[index]
+                if slot in trained or index not in self._counts:
+                    self._counts[index] = counted(group)
+                else:
+                    group.update(counted(self._counts[index]))
 
     def _load_optimizer_states(self, wave: Wave) -> None:
         state: dict[int, dict[str, Any]] = {}
+        counts: dict[int, dict[str, Any]] = {}
         entries = self._optimizer_entries()
         for slot, client_id in enumerate(wave.client_ids):
-            if client_id in self._progress.last_round:
-                for name, value in self._stored("optimizers", client_id).items():
-                    key, *fields, last = name.split("|")
-                    entry = state.setdefault(entries[slot, key], {})
-                    for field in fields:
-                        entry = entry.setdefault(field, {})
-                    # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
-                    number = value.dim() == 0 and not value.is_floating_point()
-                    entry[last] = value.item() if number else value
-        self._set_optimizer_state(state)
+            if client_id not in self._progress.with_optimizer:
+                continue
+            groups = groups_of(self.optimizer, self._slots.parameters[slot])
+            for name, value in self._stored("optimizers", client_id).items():
+                if name.startswith("group|"):
+                    _, number, entry_name = name.split("|", maxsplit=2)
+                    counts.setdefault(groups[int(number)], {}).update(counters_from({entry_name: value}))
+                    continue
+                key, *fields, last = name.split("|")
+                entry = state.setdefault(entries[slot, key], {})
+                for field in fields:
+                    entry = entry.setdefault(field, {})
+                # Integer tensors without dimensions were Python numbers: torch's own step counters are floats.
+                number = value.dim() == 0 and not value.is_floating_point()
+                entry[last] = value.item() if number else value
+        self._set_optimizer_state(state, counts)
 
     # Rounds: called by `RoundCallback` from the Trainer's events
 
     def begin_run(self) -> None:
-        """Starts from the initial state, unless a checkpoint has just been loaded."""
+        """Starts from the present weights, unless a checkpoint has just been loaded."""
+        if self._fresh_optimizer_groups is None and not self._keeps_trainer_loop:
+            raise ValueError(
+                f"The `create_scheduler` of `{type(self).__name__}` did not call the one it overrides, so its "
+                "schedule is as long as the run and not as the clients' own steps. Call "
+                "`super().create_scheduler(...)`, or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
+            )
         if not self._resuming:
-            run_id = uuid4().hex
+            earlier, run_id = self._progress, uuid4().hex
             with self._first_process_first():
                 self._claim_store(run_id, resuming=False)
-                self._fill_stores({})
-            self._shared = clone_tensors(self._initial_shared)
-            self._mean, self._progress = WeightedMean(), RunState(run_id=run_id)
+                if not self._has_run:
+                    self._fill_stores({})
             self._slot_of, self._losses, self._loss_counts = {}, {}, {}
+            self._take_edits()
+            self._initial_shared = clone_tensors(self._shared)
+            self._mean, self._held, self._progress = WeightedMean(), {}, earlier.for_next_run(run_id)
         elif self._ends_round_first:
             self.end_round()
         self._resuming = self._ends_round_first = False
+        self._has_run, self._at_rest = True, False
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
@@ -1016,8 +1160,14 @@ class FederatedMixin:
         known_as = os.path.relpath(output_dir, store) if store.is_relative_to(output_dir) else str(output_dir)
         this_run = {"output_dir": known_as, "client_ids": sorted(self.client_ids), "run_id": run_id}
         path = self._store_dir / "run.json"
-        if not self._owns_store and (list(self._clients) or list(self._optimizers)):
-            owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        ours = self._owned_as is not None and owner.get("run_id") == self._owned_as
+        if self._owned_as is not None and not ours and not resuming:
+            raise ValueError(
+                f"Another run has used {str(self._store_dir)!r} since this trainer's last one, so its clients are "
+                "not those to go on with. Resume from a checkpoint, or make a new trainer."
+            )
+        if not ours and (list(self._clients) or list(self._optimizers)):
             same_place = owner.get("output_dir") in (known_as, str(output_dir))
             same_run = owner.get("client_ids") == this_run["client_ids"] and (
                 same_place or (resuming and owner.get("run_id") == run_id)
@@ -1030,7 +1180,7 @@ class FederatedMixin:
                     "would overwrite. Resume that run from a checkpoint, or pass another directory."
                 )
         write_json(path, this_run)
-        self._owns_store = True
+        self._owned_as = run_id
 
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
@@ -1048,6 +1198,8 @@ class FederatedMixin:
             self._gradient_probe.check()
         if not progress.wave_open:
             self._open_wave(wave)
+        if self._counts_by_client and not self._counts:
+            self._keep_counts(trained=[])
         if not self._keeps_trainer_loop:
             # From (seed, round, clients, step) alone, so that a step can be replayed whatever was drawn before it.
             torch.manual_seed(
@@ -1060,8 +1212,16 @@ class FederatedMixin:
         progress = self._progress
         progress.wave_steps += 1
         slots = [0] if self._keeps_trainer_loop else list(self._step_batches)
+        if self._counts_by_client:
+            self._keep_counts(slots)
         for slot in slots:
             client_id = self._client_in(slot)
+            if client_id not in self._losses and client_id not in progress.left_out:
+                raise RuntimeError(
+                    f"The step of client {client_id!r} has no loss: the `training_step` of `{type(self).__name__}` "
+                    "did not call the one it overrides, which divides the work by client. Call "
+                    "`super().training_step`, or put your computation into `compute_loss`."
+                )
             self._loss_counts[client_id] = self._loss_counts.get(client_id, 0) + 1
         if self._keeps_trainer_loop:
             return  # The Trainer's loader knows how long the pass is, and ends the epoch.
@@ -1083,10 +1243,13 @@ class FederatedMixin:
         if self._push_is_due:
             self._finish_current_push()
             self._push_progress()
+        if not self._names_clients:
+            self._take_edits()  # The Trainer has put back the best weights, if it was asked to.
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
         for slot in range(1, len(self._slots)):
             # Whatever is made of the model's state dict, it does not hold the B of the clients that came last.
             self._slots.load(slot, self._broadcast(), self._initial_local)
+        self._at_rest = True
 
     def _current_round(self) -> Round:
         if self._keeps_trainer_loop:
@@ -1117,6 +1280,7 @@ class FederatedMixin:
         if self.accelerator.scaler is not None:
             self._loss_scale_before_wave = self.accelerator.scaler.state_dict()
         progress.wave_open, progress.wave_steps = True, 0
+        self._counts = {}
 
     def _before_writing(self) -> None:
         """Ends a run that others may believe dead before it writes between the files of the next one."""
@@ -1127,34 +1291,85 @@ class FederatedMixin:
         self._before_writing()
         progress = self._progress
         wave = self._current_wave()
-        # Schedule-free optimizers hold other weights while they train than those to be used.
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        if callable(getattr(inner, "eval", None)):
-            inner.eval()
+        if self._trains_other_weights:
+            self._inner_optimizer.eval()
         sent = self._broadcast()
         for slot, client_id in enumerate(wave.client_ids):
             if not self._loss_counts.get(client_id) and client_id not in progress.left_out:
                 continue  # The run was stopped before its first step ended, so it is as it was.
             returned = self._slots.take(slot, "shared")
             if fault := progress.left_out.get(client_id) or self._fault_of(client_id, slot, sent, returned):
-                progress.left_out[client_id] = fault
-                logger.warning("Client %s is left out of round %d: %s.", client_id, progress.rounds_done, fault)
+                self._leave_out(client_id, fault)
                 continue
-            progress.weights[client_id] = self._weight(client_id)
-            if self._trains_shared:
-                progress.bytes_up += count_bytes(returned)
-                self._mean.add(returned, progress.weights[client_id])
-            self._clients.put(client_id, self._slots.select(slot, "local"))
-            last = progress.last_round.get(client_id)
-            progress.staleness[client_id] = None if last is None else progress.rounds_done - last
-            progress.last_round[client_id] = progress.rounds_done
-            if self._keeps_optimizers:
-                self._optimizers.put(client_id, self._take_optimizer_state(slot))
+            optimizer = self._take_optimizer_state(slot) if self._keeps_optimizers else {}
+            if self._stands_out(client_id, sent, returned):
+                parts = {"shared": returned, "local": self._slots.take(slot, "local"), "optimizer": optimizer}
+                self._held[client_id] = {f"{part}|{key}": t for part, ts in parts.items() for key, t in ts.items()}
+            else:
+                self._count(client_id, returned, self._slots.select(slot, "local"), optimizer)
         if self._loss_scale_before_wave and any(c in progress.left_out for c in wave.client_ids):
             # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
             self.accelerator.scaler.load_state_dict(self._loss_scale_before_wave)
         self._slot_of = {}
         progress.wave_open, progress.waves_done = False, progress.waves_done + 1
+
+    def _stands_out(
+        self, client_id: str, sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]
+    ) -> bool:
+        """Whether a client's change of A is large enough to be compared to those of the others, once all are known."""
+        if self.args.max_update_norm != "auto" or len(self.client_ids) == 1:
+            return False
+        before, change = _norm_and_change(sent, returned)
+        self._progress.changes[client_id] = [change, self._loss_counts[client_id]]
+        return change > JUDGED_FROM * before
+
+    def _count(
+        self,
+        client_id: str,
+        returned: Mapping[str, torch.Tensor],
+        local: Mapping[str, torch.Tensor],
+        optimizer: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Adds a client's A to the average and keeps its B."""
+        progress = self._progress
+        progress.weights[client_id] = self._weight(client_id)
+        if self._trains_shared:
+            progress.bytes_up += count_bytes(returned)
+            self._mean.add(returned, progress.weights[client_id])
+        self._clients.put(client_id, local)
+        if self._keeps_optimizers:
+            self._optimizers.put(client_id, optimizer)
+            progress.with_optimizer = sorted({*progress.with_optimizer, client_id})
+        last = progress.last_round.get(client_id)
+        progress.staleness[client_id] = None if last is None else progress.rounds_done - last
+        progress.last_round[client_id] = progress.rounds_done
+
+    def _judge(self) -> None:
+        """
+        Leaves out the clients that stand out from the others of the round, and counts the rest of those held back.
+
+        It comes at the round's end, so that it does not matter which clients trained side by side, or in one process.
+        """
+        if self.args.max_update_norm != "auto" or len(self.client_ids) == 1:
+            return
+        changes = {client_id: (change, steps) for client_id, (change, steps) in self._progress.changes.items()}
+        if self.spans_processes:
+            changes = {c: change for part in gather_object([changes]) for c, change in part.items()}
+        faults = outliers(changes, norm=float(nn.utils.get_total_norm(t.float() for t in self._broadcast().values())))
+        for client_id, tensors in self._held.items():
+            if client_id in faults:
+                self._leave_out(client_id, faults[client_id])
+                continue
+            parts: dict[str, dict[str, torch.Tensor]] = {"shared": {}, "local": {}, "optimizer": {}}
+            for name, tensor in tensors.items():
+                part, key = name.split("|", maxsplit=1)
+                parts[part][key] = tensor
+            self._count(client_id, parts["shared"], parts["local"], parts["optimizer"])
+        self._held = {}
+
+    def _leave_out(self, client_id: str, fault: str) -> None:
+        self._progress.left_out[client_id] = fault
+        logger.warning("Client %s is left out of round %d: %s.", client_id, self._progress.rounds_done, fault)
 
     def _fault_of(
         self, client_id: str, slot: int, sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]
@@ -1165,14 +1380,13 @@ class FederatedMixin:
             return f"its loss is {loss}"
         if not torch.isfinite(nn.utils.get_total_norm(self._slots.select(slot).values())):
             return "its update is not finite"
-        if self.args.max_update_norm is None:
+        if self.args.max_update_norm in (None, "auto"):
             return None
-        before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
-        change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
+        before, change = _norm_and_change(sent, returned)
         # A that starts at zero, as that of embeddings does, has no scale to compare to.
         if before > 0 and change > self.args.max_update_norm * before:
             return (
-                f"its A has changed by {float(change / before):.3g} times the norm it had, more than "
+                f"its A has changed by {change / before:.3g} times the norm it had, more than "
                 f"`max_update_norm={self.args.max_update_norm}`"
             )
         return None
@@ -1188,6 +1402,7 @@ class FederatedMixin:
         return float(work.num_examples(num_rows, order, self._loss_counts[client_id]))
 
     def _close_round(self) -> None:
+        self._judge()
         losses = {c: float(self._losses[c]) / self._loss_counts[c] for c in self._progress.weights}
         if self.spans_processes:
             losses = self._combine_processes(losses)
@@ -1233,10 +1448,11 @@ class FederatedMixin:
         self._mean, self._losses, self._loss_counts = WeightedMean(), {}, {}
         if self.is_world_process_zero():
             self._write_rounds(Path(self.args.output_dir))
-        # Logging clears the flag, but the Trainer's own line for this step is still to come.
-        should_log = self.control.should_log
-        self.log(log_line(metrics))
-        self.control.should_log = should_log
+        if self._names_clients:
+            # Logging clears the flag, but the Trainer's own line for this step is still to come.
+            should_log = self.control.should_log
+            self.log(log_line(metrics))
+            self.control.should_log = should_log
         self._call_round_event("on_round_end", metrics=copy.deepcopy(metrics))
         if self._push_is_due:
             self._push_progress()
@@ -1273,6 +1489,8 @@ class FederatedMixin:
         for name in ("weights", "left_out", "staleness", "last_round"):
             for part in everyone:
                 getattr(progress, name).update(part[name])
+        if self._keeps_optimizers:
+            progress.with_optimizer = sorted({*progress.with_optimizer, *progress.weights})
         progress.bytes_down, progress.bytes_up = (sum(part["bytes"][i] for part in everyone) for i in (0, 1))
         return {client_id: loss for part in everyone for client_id, loss in part["losses"].items()}
 
@@ -1463,6 +1681,8 @@ class FederatedMixin:
         """
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         if _internal_call and not self.args.save_only_model:
+            if not self._names_clients:
+                super().save_model(str(directory), _internal_call=True)
             if self.args.should_save:
                 self._save_state(directory)
             self.accelerator.wait_for_everyone()
@@ -1478,6 +1698,7 @@ class FederatedMixin:
                 "saved. Save in `on_round_end`, or after training."
             )
         self._finish_current_push()  # It reads the files that are about to be replaced.
+        self._take_edits()
         if not self.args.should_save:
             if not self._names_clients:
                 super().save_model(str(directory), _internal_call=True)
@@ -1490,17 +1711,18 @@ class FederatedMixin:
             if not self._names_clients:
                 super().save_model(str(folder), _internal_call=True)
             torch.save(self.args, folder / "training_args.bin")
-            hub.save_federation(
-                folder,
-                {**self._describe(), "processing_files": self._processing_files},
-                self._progress.history,
-                model=self.model,
-                adapter_name=self._slots.names[0],
-                shared=self._shared,
-                client_tensors=self._client_tensors,
-                initial_tensors={**self._initial_shared, **self._initial_local},
-                frozen=self._frozen_tensors,
-            )
+            with self._weights_to_be_used():
+                hub.save_federation(
+                    folder,
+                    {**self._describe(), "processing_files": self._processing_files},
+                    self._progress.history,
+                    model=self.model,
+                    adapter_name=self._slots.names[0],
+                    shared=self._shared,
+                    client_tensors=self._client_tensors,
+                    initial_tensors=self._created,
+                    frozen=self._frozen_tensors,
+                )
 
     @functools.cached_property
     def _frozen_tensors(self) -> dict[str, torch.Tensor]:
@@ -1623,9 +1845,12 @@ class FederatedMixin:
         server |= {f"initial_shared|{key}": tensor for key, tensor in self._initial_shared.items()}
         server |= {f"initial_local|{key}": tensor for key, tensor in self._initial_local.items()}
         write_safetensors(folder / "server.safetensors", server)
-        for store in ("clients", "optimizers") if self._keeps_optimizers else ("clients",):
-            for client_id in sorted(progress.last_round):
-                write_safetensors(folder / store / f"{client_id}.safetensors", self._stored(store, client_id))
+        stored = [("clients", client_id) for client_id in self.client_ids if progress.has_stored(client_id)]
+        stored += [("optimizers", client_id) for client_id in progress.with_optimizer]
+        for store, client_id in stored:
+            write_safetensors(folder / store / f"{client_id}.safetensors", self._stored(store, client_id))
+        for client_id, tensors in self._held.items():
+            write_safetensors(folder / "held" / f"{client_id}.safetensors", tensors)
         if progress.wave_open:
             slots = {f"{slot}|{k}": t for slot in self._slot_of.values() for k, t in self._slots.take(slot).items()}
             write_safetensors(folder / "slots.safetensors", slots)
@@ -1675,7 +1900,7 @@ class FederatedMixin:
             self.args.save_total_limit = limit
         if self.args.should_save:
             remove_replaced(checkpoint)
-            delete_older_checkpoints(checkpoint, limit)
+            delete_older_checkpoints(checkpoint, limit, best=self.state.best_model_checkpoint)
 
     # Hub
 
@@ -1819,6 +2044,12 @@ class FederatedMixin:
         """
         Runs all rounds.
 
+        It starts from the weights that are in the model. What was written into its adapter before is where all clients
+        start. Called again, it goes on as the Trainer does: from A and every client's B as they are, with optimizer
+        states that are kept (`reset_optimizer`), and with rounds, schedule, random orders and `round_history` from the
+        beginning. Between two calls the model holds the first client's adapter, so what is written into it changes A
+        and that client's B.
+
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 Checkpoint to go on from, or `True` for the newest whole one in `output_dir`. The result is that of a
@@ -1882,6 +2113,8 @@ class FederatedMixin:
             self._fill_stores({name: folder / name for name in kept})
 
         self._progress, self._resumed = self._position_of(state, changes)
+        if "optimizers" not in kept:
+            self._progress.with_optimizer = []
         server: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in load_file(folder / "server.safetensors").items():
             kind, key = name.split("|", 1)
@@ -1891,6 +2124,8 @@ class FederatedMixin:
         self._mean = WeightedMean(server.get("mean", {}), self._progress.mean_weight)
         self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in self._progress.losses.items()}
         self._loss_counts = {client_id: count for client_id, (_, count) in self._progress.losses.items()}
+        held = (folder / "held").glob("*.safetensors")
+        self._held = {path.name.removesuffix(".safetensors"): load_file(path) for path in sorted(held)}
         schedule = folder / "schedule_at_round_start.pt"
         self._schedule_at_round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
         self._slot_of = {}
@@ -2039,7 +2274,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             validate_peft_config(peft_config)
         _refuse_transforms_to_prepare(args, train_dataset, eval_dataset)
         if train_dataset is None:
-            raise ValueError("`train_dataset` is None. Pass a dictionary from client id to `Dataset`, or a `Dataset`.")
+            raise ValueError(
+                "`train_dataset` is required: a dictionary from client id to `Dataset`, or a `Dataset`. Got None."
+            )
         if not isinstance(model, PeftModel):
             refuse_new_tokens(model, args, processing_class)
         if isinstance(model, str) and isinstance(train_dataset, Mapping) and formatting_func is None:
@@ -2172,6 +2409,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             and self.compute_loss_func is None
             and self.label_smoother is None
             and not self.aux_loss_enabled
+            and not self._overridden("compute_loss")
         )
 
     def _score_rows(self, model: nn.Module, inputs: dict[str, Any]) -> FusedCausalLMOutput:
@@ -2293,6 +2531,13 @@ class _Replay:
 
     def __call__(self, *args, **kwargs):
         return self.outputs
+
+
+def _norm_and_change(sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]) -> tuple[float, float]:
+    """Norm of what a client was sent, and of how far from it is what the client returned."""
+    before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
+    change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
+    return float(before), float(change)
 
 
 def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -2478,12 +2723,34 @@ def _check_peft_model(model: PeftModel) -> None:
         )
 
 
+def _refuse_one_best_model(args: FederatedConfig) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
+            "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
+        )
+    if args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
+            "round ends."
+        )
+
+
 def _refuse_packing(args: FederatedConfig) -> None:
     if args.packing or args.eval_packing:
         raise ValueError(
             "`packing=True` joins rows into sequences that no longer say which client they are of. Set "
             "`packing=False` (and leave `eval_packing` out); `train_sampling_strategy='group_by_length'` also saves "
             "padding."
+        )
+
+
+def _refuse_another_sampler(trainer: Trainer) -> None:
+    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
+        raise ValueError(
+            f"`{type(trainer).__name__}` has a `_get_train_sampler` of its own, which would not be asked: every "
+            "client's rows are drawn by themselves. Set `train_sampling_strategy` ('sequential' keeps the order of "
+            "your rows), and choose the clients of a round with `client_sampler`."
         )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_fedsa.aggregation import WeightedMean, weighted_mean
+from hf_fedsa.aggregation import WeightedMean, outliers, weighted_mean
 
 
 def make_updates(num_clients: int, seed: int = 0) -> list[tuple[dict[str, torch.Tensor], float]]:
@@ -67,6 +67,34 @@ def test_one_client_alone_comes_back_bit_for_bit(weight):
     mean = weighted_mean([(tensors, weight)])
     assert mean.keys() == tensors.keys()
     assert all(torch.equal(mean[key], tensors[key]) for key in tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "expected"),
+    [
+        ({"a": (1.0, 1), "b": (1.2, 1), "c": (0.9, 1), "d": (6.1, 1)}, 2.0, ["d"]),
+        ({"a": (1.0, 1), "b": (1.2, 1), "c": (0.9, 1), "d": (4.9, 1)}, 2.0, []),
+        # Not half of the norm of A: nobody looks.
+        ({"a": (0.01, 1), "b": (0.01, 1), "c": (0.01, 1), "d": (0.9, 1)}, 2.0, []),
+        # Ten times as many steps.
+        ({"a": (1.0, 1), "b": (1.2, 1), "c": (0.9, 1), "d": (9.0, 10)}, 2.0, []),
+        # B starts at zero, so A has no gradient in the first step.
+        ({"a": (0.0, 1), "b": (0.0, 1), "c": (99.0, 1)}, 1.0, ["c"]),
+        # A starts at zero.
+        ({"a": (1.0, 1), "b": (1.0, 1), "c": (5.1, 1)}, 0.0, ["c"]),
+        # Half of the clients.
+        ({"a": (1.0, 1), "b": (1.0, 1), "c": (99.0, 1), "d": (99.0, 1)}, 1.0, ["c", "d"]),
+        # Too few to compare.
+        ({"a": (1.0, 1), "b": (29.0, 1)}, 1.0, []),
+        ({"a": (1.0, 1), "b": (31.0, 1)}, 1.0, ["b"]),
+        ({"a": (1.0, 1), "b": (31.0, 1)}, 0.0, []),
+        ({}, 1.0, []),
+    ],
+)
+def test_outliers_by_hand(changes, norm, expected):
+    faults = outliers(changes, norm)
+    assert list(faults) == expected
+    assert all("its A has changed by" in fault for fault in faults.values())
 
 
 def test_clients_that_agree_come_back_bit_for_bit():

@@ -121,7 +121,7 @@ class TestAdapter:
 class TestClients:
     def test_no_dataset(self, refuses):
         refuses(
-            ValueError, "`train_dataset` is None", "Pass a dictionary from client id to `Dataset`", train_dataset=None
+            ValueError, "`train_dataset` is required", "a dictionary from client id to `Dataset`", train_dataset=None
         )
 
     @pytest.mark.parametrize("empty", [{}, DatasetDict()], ids=["dict", "DatasetDict"])

@@ -199,13 +199,16 @@ def test_a_resumed_single_client_is_the_uninterrupted_one_bit_for_bit(tmp_path, 
         assert_same_run(resumed, whole)
 
 
-def test_training_twice_starts_from_the_beginning(tmp_path, tokenizer):
+def test_a_second_run_of_one_trainer_can_be_resumed(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, "waves")
     trainer.train()
     first = weights_of(trainer)
     trainer.train()
-    assert max_difference(first, weights_of(trainer)) == 0
+    assert max_difference(first, weights_of(trainer)) > 0
     assert len(trainer.round_history) == 3
+    again = make_trainer(tmp_path, tokenizer, "waves")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert max_difference(weights_of(again), weights_of(trainer)) == 0
 
 
 def fingerprint(directory: Path) -> dict[str, str]:

@@ -74,6 +74,7 @@ PRIVATE_NAMES = {
         ("dataset", "description"),
         "calls it to hash what is trained on of every client's rows",
     ),
+    "_get_train_sampler": (Trainer, ("train_dataset",), "refuses a subclass that overrides it, which has no effect"),
     "_push_from_checkpoint": (
         Trainer,
         ("checkpoint_folder",),

@@ -54,7 +54,7 @@ class TestLeftOut:
     @pytest.mark.parametrize("parallel_clients", [1, 3])
     @pytest.mark.parametrize(
         ("value", "kind", "reason"),
-        [(math.nan, "lora_B", "its loss is nan"), (1e6, "lora_A", "times the norm it had")],
+        [(math.nan, "lora_B", "its loss is nan"), (1e6, "lora_A", "times the median of the round's 3 clients")],
     )
     def test_the_others_train_as_if_it_were_not_there(
         self, base_dir, tmp_path, caplog, parallel_clients, value, kind, reason
@@ -166,6 +166,72 @@ class TestLeftOut:
         again = make_trainer(base_dir, tmp_path / "out", num_rounds=3)
         again.train(resume_from_checkpoint=True)
         assert len(again.round_history) == 3
+
+
+class Attacker(TrainerCallback):
+    """Makes the change of A that one client returns, in every round, 99 times as large as the A it was sent."""
+
+    def __init__(self, client_id, last_step):
+        self.client_id, self.last_step = client_id, last_step
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        slot = self.trainer._slot_of.get(self.client_id)
+        if slot is not None and self.trainer._progress.wave_steps == self.last_step:
+            with torch.no_grad():
+                for parameter in self.trainer._slots.select(slot, "shared").values():
+                    parameter.mul_(100)
+
+
+class TestOutliers:
+    # At the higher rate the honest clients' changes are of the size of A, so they are held back too.
+    @pytest.mark.parametrize("rate", [0.5, 20.0])
+    def test_one_of_five_is_left_out_in_every_round_whoever_trains_beside_it(self, base_dir, tmp_path, rate):
+        clients = {f"client_{i}": make_rows(8, seed=i) for i in range(5)}
+        common = {"num_rounds": 3, "local_steps": 2, "optim": "sgd", "learning_rate": rate, "max_grad_norm": 1.0}
+        honest = {client_id: rows for client_id, rows in clients.items() if client_id != "client_1"}
+        expected = make_trainer(base_dir, tmp_path / "honest", honest, **common)
+        expected.train()
+        assert all(entry["left_out"] == {} for entry in expected.round_history)
+        for parallel in (1, 5):
+            trainer = make_trainer(
+                base_dir,
+                tmp_path / f"out-{parallel}",
+                clients,
+                Attacker("client_1", last_step=1),
+                parallel_clients=parallel,
+                **common,
+            )
+            trainer.train()
+            assert [list(entry["left_out"]) for entry in trainer.round_history] == [["client_1"]] * 3
+            assert max_difference(trainer.shared_state_dict(), expected.shared_state_dict()) < 1e-4 * max(1, rate)
+            assert not trainer._held
+
+    def test_it_is_judged_alike_after_a_resume_in_the_middle_of_the_round(self, base_dir, tmp_path):
+        def make(output_dir):
+            return make_trainer(
+                base_dir,
+                output_dir,
+                callback=Attacker("client_0", last_step=1),
+                num_rounds=2,
+                local_steps=2,
+                learning_rate=0.3,
+                reset_optimizer=False,
+                save_strategy="steps",
+                save_steps=4,
+                parallel_clients=1,
+            )
+
+        whole = make(tmp_path / "whole")
+        whole.train()
+        assert len(list((tmp_path / "whole" / "checkpoint-4").rglob("held/*.safetensors"))) == 2
+        again = make(tmp_path / "again")
+        again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+        assert max_difference(again.shared_state_dict(), whole.shared_state_dict()) == 0
+        for one, other in zip(whole.round_history, again.round_history, strict=True):
+            assert one["left_out"] == other["left_out"]
+            assert list(one["left_out"]) == ["client_0"]
+        for client_id in whole.client_ids:
+            assert max_difference(again.client_state_dict(client_id), whole.client_state_dict(client_id)) == 0
 
 
 class TestLogs:

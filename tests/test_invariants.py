@@ -87,6 +87,83 @@ def test_one_client_gives_the_weights_of_sft_trainer_bit_for_bit(tmp_path, token
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("arguments", [SFTConfig, FederatedConfig])
+def test_training_twice_and_from_edited_weights_is_as_with_sft_trainer(tmp_path, tokenizer, arguments):
+    ends = []
+    for trainer_class, config in ((SFTTrainer, SFTConfig), (FederatedTrainer, arguments)):
+        trainer = trainer_class(
+            model=make_model(),
+            args=config(str(tmp_path), per_device_train_batch_size=2, num_train_epochs=2, learning_rate=1e-2, **PLAIN),
+            train_dataset=make_rows(7, seed=3),
+            processing_class=tokenizer,
+            peft_config=make_lora(lora_dropout=0.1),
+        )
+        for seed in (1, 2, None):
+            if seed is not None:
+                torch.manual_seed(seed)
+                with torch.no_grad():
+                    for parameter in trainer.model.parameters():
+                        if parameter.requires_grad:
+                            parameter.normal_(std=0.1)
+                torch.manual_seed(seed)
+            trainer.train()
+            ends.append({key: t.clone() for key, t in get_peft_model_state_dict(trainer.model).items()})
+    for plain, federated in zip(ends[:3], ends[3:], strict=True):
+        assert max_difference(plain, federated) == 0
+    assert len(trainer.round_history) == 2
+
+
+def files_in(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "saving",
+    [
+        {"save_strategy": "epoch", "load_best_model_at_end": True, "save_total_limit": 1},
+        {"save_strategy": "best", "load_best_model_at_end": True},
+        {"save_strategy": "epoch", "save_only_model": True, "eval_on_start": True},
+    ],
+    ids=["best model", "save best", "only model"],
+)
+def test_one_client_logs_and_saves_as_sft_trainer_does(tmp_path, tokenizer, model_dir, saving):
+    runs = []
+    for trainer_class, name in ((SFTTrainer, "plain"), (FederatedTrainer, "federated")):
+        common = {"eval_strategy": "epoch", "metric_for_best_model": "loss", "greater_is_better": True, **saving}
+        trainer = trainer_class(
+            model=model_dir,
+            args=SFTConfig(str(tmp_path / name), num_train_epochs=3, learning_rate=1e-2, **{**PLAIN, **common}),
+            train_dataset=make_rows(11, seed=3),
+            eval_dataset=make_rows(4, seed=4),
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+        )
+        metrics = trainer.train().metrics
+        measured = [[k for k in line if "_runtime" in k or "_per_second" in k] for line in trainer.state.log_history]
+        log = [
+            {key: value for key, value in line.items() if key not in out}
+            for line, out in zip(trainer.state.log_history, measured, strict=True)
+        ]
+        state = {key: getattr(trainer.state, key) for key in ("global_step", "best_global_step", "best_metric")}
+        runs.append((log, measured, state, set(metrics), trainer))
+    *plain, stock = runs[0]
+    *federated, trainer = runs[1]
+    assert federated == plain
+    assert max_difference(get_peft_model_state_dict(stock.model), get_peft_model_state_dict(trainer.model)) == 0
+    tensors = {**trainer.shared_state_dict(), **trainer.client_state_dict("client_0")}
+    assert max_difference(tensors, get_peft_model_state_dict(stock.model)) == 0
+    assert len(trainer.round_history) == 3
+    folders = [sorted(path.name for path in (tmp_path / name).glob("checkpoint-*")) for name in ("plain", "federated")]
+    assert folders[0] == folders[1]
+    for folder in folders[0]:
+        checkpoints = [tmp_path / name / folder for name in ("plain", "federated")]
+        assert files_in(checkpoints[0]) <= files_in(checkpoints[1])
+        first, second = (
+            get_peft_model_state_dict(PeftModel.from_pretrained(make_model(), str(path))) for path in checkpoints
+        )
+        assert max_difference(first, second) == 0
+
+
 def test_one_named_client_in_the_rounds_loop_gives_the_weights_of_sft_trainer(tmp_path, tokenizer):
     rows = make_rows(11, seed=3)
     common = {
@@ -294,6 +371,9 @@ def test_saved_adapters_load_with_stock_peft_and_give_the_trainers_logits(
     tmp_path, tokenizer, clients, model_dir, peft_config
 ):
     trainer = make_trainer(tmp_path, tokenizer, clients, peft_config=peft_config, model=model_dir, learning_rate=1e-2)
+    with torch.no_grad():
+        for parameter in trainer._slots.parameters[0].values():
+            parameter.mul_(1.1)  # Not what an initialisation has taken out of the base.
     trainer.train()
     trainer.save_model()
     inputs = tokenizer("the cat sat on the red mat", return_tensors="pt")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_args, make_lora, make_model, make_rows, max_difference
 from datasets import Dataset, DatasetDict
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model, get_peft_model_state_dict
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
@@ -22,11 +22,12 @@ from transformers import (
     TrainerCallback,
     default_data_collator,
 )
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer
 from hf_fedsa.aggregation import WeightedMean
+from hf_fedsa.parameters import tensors_sha256
 
 TRAINER_ARGUMENTS = inspect.signature(FederatedTrainer.__init__).parameters.keys()
 
@@ -77,6 +78,12 @@ def weights_of(trainer) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def alternate(round_index, num_rows, clients_per_round):
+    """A sampler that takes the clients in turn."""
+    names = sorted(num_rows)
+    return [names[(round_index * clients_per_round + i) % len(names)] for i in range(clients_per_round)]
+
+
 def logged(trainer, key: str) -> list[float]:
     return [line[key] for line in trainer.state.log_history if key in line]
 
@@ -93,12 +100,10 @@ class Recorder:
         self.seen: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         super().__init__(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.model.training:
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if len(inputs["input_ids"]):
             self.seen.append((self.state.global_step, inputs["input_ids"].clone(), inputs["labels"].clone()))
-        return super().compute_loss(
-            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        return super().training_step(model, inputs, num_items_in_batch)
 
 
 class RecordingTrainer(Recorder, FederatedTrainer):
@@ -951,6 +956,172 @@ class TestOptimizers:
             trainer.train()
 
 
+class Counting(torch.optim.Optimizer):
+    """SGD that counts steps in its groups, as AdEMAMix and StableAdamW do, and takes ever smaller ones."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": 0, "weight_sum": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+            group["weight_sum"] += 1 / 3
+            group["step"] = group.get("step", torch.zeros((), dtype=torch.int32))
+            group["step"] += 1
+            size = group["lr"] * 3 * group["weight_sum"] / (group["k"] * int(group["step"]))
+            for p in (p for p in group["params"] if p.grad is not None):
+                self.state[p]["seen"] = True
+                p.sub_(p.grad, alpha=size)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that trains at `y = 0.1 z + 0.9 x`, as `schedulefree` does, with the mean `x` to be used."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr, "k": 0, "train_mode": False})
+
+    def _switch(self, train, weight):
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                group["train_mode"] = train
+                for p in (p for p in group["params"] if "z" in self.state[p]):
+                    p.data.lerp_(self.state[p]["z"], weight)
+
+    def train(self):
+        self._switch(True, 0.1)
+
+    def eval(self):
+        self._switch(False, 1 - 1 / 0.9)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            assert group["train_mode"]
+            group["k"] += 1
+            for p in (p for p in group["params"] if p.grad is not None):
+                z = self.state[p].setdefault("z", p.detach().clone())
+                p.lerp_(z, 1 / group["k"]).sub_(p.grad, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / group["k"])))
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+class TestOptimizersThatCount:
+    @pytest.mark.parametrize("reset", [True, False], ids=["reset", "kept"])
+    def test_what_is_counted_in_groups_is_the_clients_own(self, make_trained, unequal, reset):
+        one, parallel = (
+            make_trained(
+                unequal,
+                optimizer_cls_and_kwargs=(Counting, {"lr": 0.3}),
+                lr_scheduler_type="constant",
+                local_steps=None,
+                local_epochs=1,
+                reset_optimizer=reset,
+                parallel_clients=m,
+            )
+            for m in (1, 3)
+        )
+        assert max_difference(weights_of(one), weights_of(parallel)) < 1e-6
+        for trainer in (one, parallel):
+            for client_id, steps in zip(unequal, (8, 6, 2), strict=True) if not reset else ():
+                kept = trainer._optimizers.get(client_id)
+                assert kept["group|0|number|k"].item() == steps
+                assert kept["group|0|tensor|step"].item() == steps
+                assert kept["group|0|number|weight_sum"].item() == sum([1 / 3] * steps)
+        if reset:
+            assert one.optimizer.optimizer.param_groups[0]["k"] == 1  # The last client takes one step.
+
+    def test_idle_clients_are_not_counted_after_a_resume_either(self, make_trainer, unequal, tmp_path):
+        def make():
+            return make_trainer(
+                unequal,
+                optimizer_cls_and_kwargs=(Counting, {"lr": 0.3}),
+                local_steps=None,
+                local_epochs=1,
+                reset_optimizer=False,
+                parallel_clients=3,
+                save_strategy="steps",
+                save_steps=1,
+            )
+
+        whole, again = make(), make()
+        whole.train()
+        again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+        assert max_difference(weights_of(whole), weights_of(again)) == 0
+
+    @pytest.mark.parametrize("optimizer", [Counting, ScheduleFree])
+    def test_one_client_is_as_with_sft_trainer(self, make_trained, clients, tokenizer, tmp_path, optimizer):
+        rows = clients["client_0"]
+        common = {"optimizer_cls_and_kwargs": (optimizer, {"lr": 0.3})}
+        federated = make_trained(rows, num_rounds=3, local_steps=4, learning_rate=0.3, **common)
+        args = make_args(tmp_path / "plain", num_rounds=3, local_steps=None, learning_rate=0.3)
+        plain = SFTTrainer(
+            model=make_model(),
+            args=args,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+            **common,
+        )
+        plain.train()
+        if optimizer is ScheduleFree:
+            plain.optimizer.eval()
+        tensors = {**federated.shared_state_dict(), **federated.client_state_dict("client_0")}
+        assert max_difference(tensors, get_peft_model_state_dict(plain.model)) < 1e-6
+
+    @pytest.mark.parametrize("parallel", [1, 3])
+    def test_mid_round_the_weights_to_be_used_are_served(self, make_trained, make_trainer, three, parallel):
+        common = {
+            "optimizer_cls_and_kwargs": (ScheduleFree, {"lr": 0.3}),
+            "learning_rate": 0.3,
+            "lr_scheduler_type": "constant",
+            "parallel_clients": parallel,
+            "num_rounds": 1,
+            "local_steps": 2,
+        }
+        expected = make_trained(three, **common)
+        trainer = make_trainer(three, eval_dataset={c: rows.select([0]) for c, rows in three.items()}, **common)
+        served = []
+
+        def serve(trainer, **kwargs):
+            state = trainer.optimizer.optimizer.state
+            used = {}
+            for client_id, slot in trainer._slot_of.items():
+                own = trainer._slots.parameters[slot].items()
+                used[client_id] = {k: p.detach().lerp(state[p].get("z", p.detach()), 1 - 1 / 0.9) for k, p in own}
+            for client_id, tensors in used.items():
+                with trainer.use_client(client_id):
+                    trainer.optimizer.eval()  # As the evaluation loop does.
+                    served.append(max_difference(tensors, trainer._slots.take(0)))
+                local = trainer.client_state_dict(client_id)
+                served.append(max_difference(local, {key: tensors[key] for key in local}))
+
+        watch(trainer, on_pre_optimizer_step=serve, on_step_end=lambda trainer, **kwargs: trainer.evaluate())
+        trainer.train()
+        assert max(served) < 1e-6
+        assert max_difference(weights_of(trainer), weights_of(expected)) == 0
+
+    def test_a_second_copy_of_the_weights_is_not_kept(self, make_trainer, three):
+        trainer = make_trainer(three, optimizer_cls_and_kwargs=(ScheduleFree, {"lr": 0.3}), reset_optimizer=False)
+        with pytest.raises(ValueError, match="'ScheduleFree'.*second copy of the weights.*Set `reset_optimizer=True`"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("optim", "reset", "message"),
+        [
+            ("lomo", None, "within the backward pass"),
+            ("galore_adamw_layerwise", None, "within the backward pass"),
+            ("adamw_torch_8bit", False, "not made of plain tensors and numbers"),
+            ("galore_adamw", False, "not made of plain tensors and numbers"),
+            ("apollo_adamw", False, "not made of plain tensors and numbers"),
+            ("grokadamw", False, "not made of plain tensors and numbers"),
+            ("schedule_free_adamw", False, "second copy of the weights"),
+        ],
+    )
+    def test_what_cannot_be_shared_is_refused_before_a_model_loads(self, make_trainer, three, optim, reset, message):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(three, model="not/loaded", optim=optim, reset_optimizer=reset)
+
+
 SCHEDULES = [
     {"lr_scheduler_type": "linear"},
     {"lr_scheduler_type": "cosine"},
@@ -1501,12 +1672,65 @@ class TestCallbacks:
         assert len(trainer.round_history) == 2
         assert trainer.state.global_step == 6
 
-    def test_training_again_starts_from_the_beginning(self, make_trained, three):
-        trainer = make_trained(three, learning_rate=1e-3)
-        first = weights_of(trainer)
+    @pytest.mark.parametrize("reset", [True, False], ids=["fresh", "kept"])
+    def test_training_again_goes_on_from_the_present_weights(self, make_trainer, clients, reset):
+        """As rounds of one longer run do, but for the round index, which the random orders follow."""
+        common = {
+            "optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+            "lr_scheduler_type": "constant",
+            "train_sampling_strategy": "sequential",
+            "reset_optimizer": reset,
+        }
+        whole = make_trainer(clients, num_rounds=4, clients_per_round=2, client_sampler=alternate, **common)
+        whole.train()
+        trainer = make_trainer(clients, num_rounds=2, clients_per_round=2, client_sampler=alternate, **common)
         trainer.train()
-        assert max_difference(first, weights_of(trainer)) < 1e-6
-        assert len(trainer.round_history) == 2
+        trainer.train()
+        assert max_difference(weights_of(whole), weights_of(trainer)) < 1e-6
+        assert [entry["round"] for entry in trainer.round_history] == [0, 1]
+        assert trainer.round_history[-1]["shared_sha256"] == tensors_sha256(trainer.shared_state_dict())
+
+    def test_what_is_written_into_the_model_is_where_all_clients_start(self, make_trainer, three, tmp_path):
+        trainer = make_trainer(three, num_rounds=1, local_steps=1, parallel_clients=2, learning_rate=1e-9)
+        start = {}
+        with torch.no_grad():
+            for key, parameter in trainer._slots.parameters[0].items():
+                start[key] = parameter.normal_().clone()
+        shared = trainer.shared_state_dict()
+        assert max_difference(shared, {key: start[key] for key in shared}) == 0
+        trainer.train()
+        for client_id in three:
+            local = trainer.client_state_dict(client_id)
+            assert max_difference(local, {key: start[key] for key in local}) < 1e-6
+        assert max_difference(trainer.shared_state_dict(), {key: start[key] for key in shared}) < 1e-6
+
+        before = trainer.client_state_dict("client_1")
+        with torch.no_grad():
+            for key, parameter in trainer._slots.parameters[0].items():
+                start[key] = parameter.fill_(0.5).clone()
+        for read, expected in (("client_0", start), ("client_1", before)):
+            local = trainer.client_state_dict(read)
+            assert max_difference(local, {key: expected[key] for key in local}) == 0
+        assert all((tensor == 0.5).all() for tensor in trainer.shared_state_dict().values())
+        with trainer.use_client("client_1"):
+            assert max_difference(trainer._slots.take(0, "local"), before) == 0
+
+    def test_clients_that_have_not_trained_start_there_after_a_resume_too(self, make_trainer, three):
+        trainers = []
+        for resume in (None, True):
+            trainer = make_trainer(
+                three,
+                num_rounds=3,
+                local_steps=1,
+                client_sampler=lambda round_index, *_: [f"client_{round_index}"],
+                save_strategy="epoch",
+            )
+            with torch.no_grad():
+                for parameter in trainer._slots.parameters[0].values():
+                    parameter.fill_(0.25 if resume is None else 0.5)
+            trainer.train(resume_from_checkpoint=resume and trainer.args.output_dir + "/checkpoint-1")
+            trainers.append(trainer)
+        assert max_difference(*map(weights_of, trainers)) == 0
 
 
 # What users read
@@ -1688,6 +1912,106 @@ class TestReading:
 
 
 # Arguments of the constructor
+
+
+class OwnLoss(FederatedTrainer):
+    """As users write it: the model's own loss, and something of theirs on top."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = 2 * outputs.loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class LossWithOutputs(FederatedTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss = loss + 0.1 * loss.detach() * loss
+        return (loss, outputs) if return_outputs else loss
+
+
+class OwnOptimizer(FederatedTrainer):
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+        return self.optimizer
+
+
+class TestSubclasses:
+    """What users of TRL override works, the clients of a step taking turns where they must, or it is refused."""
+
+    @pytest.mark.parametrize("trainer_class", [OwnLoss, LossWithOutputs, OwnOptimizer])
+    def test_it_trains_alike_in_parallel_and_one_by_one(self, make_trained, three, trainer_class):
+        one, parallel = (
+            make_trained(
+                three, trainer_class=trainer_class, optim="sgd", learning_rate=0.1, num_rounds=1, parallel_clients=m
+            )
+            for m in (1, 3)
+        )
+        assert all(has_trained(parallel, client_id) for client_id in three)
+        assert max_difference(weights_of(one), weights_of(parallel)) < 1e-5
+        assert logged(parallel, "loss")[0] == pytest.approx(sum(logged(one, "loss")[::3]) / 3, rel=1e-5)
+
+    def test_a_loss_of_ones_own_is_that_of_sft_trainer(self, make_trained, tmp_path, tokenizer, clients):
+        common = {"optim": "sgd", "learning_rate": 0.1, "num_rounds": None, "local_steps": None, "num_train_epochs": 1}
+        federated = make_trained({"only": clients["client_0"]}, trainer_class=OwnLoss, **common, seed=3)
+
+        class OwnLossOfSFT(SFTTrainer):
+            compute_loss = OwnLoss.compute_loss
+
+        args = make_args(tmp_path / "plain", **common, seed=3)
+        plain = OwnLossOfSFT(
+            model=make_model(),
+            args=args,
+            train_dataset=clients["client_0"],
+            processing_class=tokenizer,
+            peft_config=make_lora(),
+        )
+        plain.train()
+        tensors = {**federated.shared_state_dict(), **federated.client_state_dict("only")}
+        assert max_difference(tensors, get_peft_model_state_dict(plain.model)) < 1e-6
+
+    def test_a_loss_put_in_afterwards(self, make_trainer, three):
+        trainer = make_trainer(three, num_rounds=1, local_steps=1, parallel_clients=3)
+        seen = []
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(len(inputs["input_ids"]))
+            return model(**inputs, num_items_in_batch=num_items_in_batch).loss
+
+        trainer.compute_loss = compute_loss
+        trainer.train()
+        assert seen == [2, 2, 2]
+
+    def test_a_sampler_of_ones_own_is_refused(self, make_trainer, three):
+        class OwnSampler(FederatedTrainer):
+            def _get_train_sampler(self, train_dataset=None):
+                return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        with pytest.raises(ValueError, match="`OwnSampler` has a `_get_train_sampler`.*would not be asked.*Set"):
+            make_trainer(three, trainer_class=OwnSampler, model="not/loaded")
+        make_trainer(
+            three["client_0"], trainer_class=OwnSampler, num_rounds=None, local_steps=None, num_train_epochs=1
+        )
+
+    def test_a_loader_that_divides_nothing_by_client_is_refused(self, make_trainer, three):
+        class OwnLoader(FederatedTrainer):
+            def get_train_dataloader(self):
+                return SFTTrainer.get_train_dataloader(self)
+
+        with pytest.raises(
+            ValueError, match="`get_train_dataloader` of `OwnLoader` did not call the one it overrides"
+        ):
+            make_trainer(three, trainer_class=OwnLoader).train()
+
+    def test_a_step_that_divides_nothing_by_client_is_refused(self, make_trainer, three):
+        class OwnStep(FederatedTrainer):
+            def training_step(self, model, inputs, num_items_in_batch=None):
+                return torch.zeros(())
+
+        with pytest.raises(RuntimeError, match="'client_0' has no loss: the `training_step` of `OwnStep`.*super()"):
+            make_trainer(three, trainer_class=OwnStep, parallel_clients=1).train()
 
 
 class TestConstructor:
