@@ -2070,11 +2070,25 @@ class FederatedMixin:
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model._is_accelerate_prepared = True
-        with self._alone_in_its_folders():
+        self._slots.keep_trained()  # The optimizer takes what trains.
+        with self._alone_in_its_folders(), self._as_it_was_unless_begun():
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             with explain_timeout(self.args.ddp_timeout_delta):
                 output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    @contextlib.contextmanager
+    def _as_it_was_unless_begun(self) -> Iterator[None]:
+        """Takes back what was loaded of a checkpoint by a first run that fails before it has begun."""
+        before = self._shared, self._initial_shared, self._initial_local, self._progress
+        try:
+            yield
+        except BaseException:
+            if not self._has_run:
+                self._shared, self._initial_shared, self._initial_local, self._progress = before
+                self._held, self._slot_of = {}, {}
+                self._slots.load(0, self._client_tensors(self.client_ids[0]))
+            raise
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         if resume_from_checkpoint is True:
@@ -2746,7 +2760,8 @@ def _refuse_packing(args: FederatedConfig) -> None:
 
 
 def _refuse_another_sampler(trainer: Trainer) -> None:
-    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
+    owner = next(base for base in type(trainer).__mro__ if "_get_train_sampler" in vars(base))
+    if not owner.__module__.startswith(("transformers.", "trl.")):
         raise ValueError(
             f"`{type(trainer).__name__}` has a `_get_train_sampler` of its own, which would not be asked: every "
             "client's rows are drawn by themselves. Set `train_sampling_strategy` ('sequential' keeps the order of "

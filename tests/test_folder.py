@@ -158,6 +158,7 @@ class TestTrainer:
         shutil.copytree(tmp_path / "out", tmp_path / "old")
         for key in trainer._shared:
             trainer._shared[key] = trainer._shared[key] + 1
+        trainer._slots.load(0, trainer._shared)
         seen, rename = [], 0
         while True:
             shutil.rmtree(tmp_path / "out")
@@ -187,6 +188,7 @@ class TestTrainer:
         trainer.save_model()
         for key in trainer._initial_local:
             trainer._initial_local[key] = trainer._initial_local[key] + 1
+        trainer._slots.load(0, trainer._initial_local)
         calls = 1
         while not list(tmp_path.glob(".saved.*")):
             with killed_at(monkeypatch, calls):

@@ -293,7 +293,7 @@ class TestChanges:
 
     def test_defaults_are_those_of_the_fields(self, tmp_path):
         defaults = defaults_of(make_lora(), make_args(tmp_path))
-        assert defaults["lora_dropout"] == 0.0 and defaults["max_update_norm"] == 100.0
+        assert defaults["lora_dropout"] == 0.0 and defaults["max_update_norm"] == "auto"
         assert defaults["lr_scheduler_type"] == "linear"
 
     def test_every_group_of_an_identity_has_a_name(self):
