@@ -21,15 +21,20 @@ _STEPS_IN_BACKWARD = (
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 )
-# Their states hold objects, tensors of their own kinds, or entries keyed by the parameter itself.
+# Why others go wrong although they step where they should.
+_WRONG_IN_TURN = {
+    OptimizerNames.APOLLO_ADAMW: "keeps seeds in its state from the moment it is made, which are lost when the state "
+    "is another client's",
+    OptimizerNames.GROKADAMW: "takes steps whose size depends on a parameter's place among all, so that a client's "
+    "training would depend on who trains beside it",
+}
+# Their states hold objects or tensors of their own kinds.
 _STATE_CANNOT_BE_KEPT = (
     OptimizerNames.ADAMW_TORCH_4BIT,
     OptimizerNames.ADAMW_TORCH_8BIT,
     OptimizerNames.GALORE_ADAMW,
     OptimizerNames.GALORE_ADAMW_8BIT,
     OptimizerNames.GALORE_ADAFACTOR,
-    OptimizerNames.APOLLO_ADAMW,
-    OptimizerNames.GROKADAMW,
 )
 
 
@@ -46,6 +51,8 @@ def refuse_optimizer(args: FederatedConfig, keeps_state: bool, num_clients: int)
             "client cannot be clipped by themselves and its state cannot be told from the next client's. Use another "
             "one, such as 'adamw_torch'."
         )
+    if reason := _WRONG_IN_TURN.get(args.optim):
+        raise ValueError(f"`optim='{args.optim.value}'` {reason}. Use another optimizer, such as 'adamw_torch'.")
     if keeps_state and args.optim in _STATE_CANNOT_BE_KEPT:
         raise ValueError(
             f"`reset_optimizer=False` keeps the optimizer state of every client, but that of `optim="

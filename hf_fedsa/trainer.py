@@ -92,6 +92,7 @@ from .local_optimizer import (
     split_groups,
 )
 from .model_card import make_model_card
+from .noise import ClientNoise
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
 from .partition import is_transformed, merge_clients, rows_by_client
@@ -249,6 +250,9 @@ class FederatedMixin:
         self._step_batches: dict[int, int] = {}
         self._step_rows: SlotRows | None = None
         self._step_losses: list[torch.Tensor] = []
+        self._noise: ClientNoise | None = None
+        if args.neftune_noise_alpha is not None and not self._keeps_trainer_loop:
+            self._noise = ClientNoise(args.neftune_noise_alpha, args.pad_to_multiple_of)
 
         super().__init__(
             model=model,
@@ -876,6 +880,8 @@ class FederatedMixin:
             self.gather_function = gather
 
     def _serving(self, slot_rows: SlotRows, inputs: Mapping[str, Any]):
+        if self._noise is not None:
+            self._noise.set_rows(slot_rows, inputs)
         main_input = inputs.get(self._main_input_name)
         length = main_input.shape[1] if isinstance(main_input, torch.Tensor) and main_input.dim() > 1 else None
         return self._slots.rows(slot_rows, sequence_length=length)
@@ -1114,6 +1120,11 @@ class FederatedMixin:
             self.end_round()
         self._resuming = self._ends_round_first = False
         self._has_run, self._at_rest = True, False
+        if self._noise is not None:
+            # The Trainer's own hook scales the noise by the length of the whole batch. It takes off this one as well.
+            self.neftune_hook_handle.remove()
+            embeddings = self.model.get_base_model().get_input_embeddings()
+            self.neftune_hook_handle = embeddings.register_forward_hook(self._noise)
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]

@@ -1109,11 +1109,11 @@ class TestOptimizersThatCount:
         ("optim", "reset", "message"),
         [
             ("lomo", None, "within the backward pass"),
+            ("apollo_adamw", None, "keeps seeds in its state"),
+            ("grokadamw", None, "depends on a parameter's place among all"),
             ("galore_adamw_layerwise", None, "within the backward pass"),
             ("adamw_torch_8bit", False, "not made of plain tensors and numbers"),
             ("galore_adamw", False, "not made of plain tensors and numbers"),
-            ("apollo_adamw", False, "not made of plain tensors and numbers"),
-            ("grokadamw", False, "not made of plain tensors and numbers"),
             ("schedule_free_adamw", False, "second copy of the weights"),
         ],
     )
@@ -1912,6 +1912,43 @@ class TestReading:
 
 
 # Arguments of the constructor
+
+
+class TestNoise:
+    @pytest.mark.parametrize("turns", [False, True], ids=["together", "in turns"])
+    @pytest.mark.parametrize("longer", [6, 24])
+    def test_the_noise_of_a_client_does_not_depend_on_its_neighbours_padding(self, make_trainer, longer, turns):
+        lengths = {"client_0": 6, "client_1": longer}
+        rows = {
+            client_id: Dataset.from_dict({"input_ids": [[3 + i] * n for i in range(4)], "labels": [[3] * n] * 4})
+            for client_id, n in lengths.items()
+        }
+        trainer = make_trainer(
+            rows,
+            trainer_class=OwnLoss if turns else FederatedTrainer,
+            neftune_noise_alpha=5.0,
+            parallel_clients=2,
+            num_rounds=1,
+            local_steps=2,
+        )
+        noise = []
+
+        def measure(module, inputs, output):
+            noise.append((output - module.weight[inputs[0]]).detach().abs().amax(dim=(1, 2)))
+
+        def begin(trainer, state, **kwargs):
+            if state.global_step == 0:
+                trainer.model.get_base_model().get_input_embeddings().register_forward_hook(measure)
+
+        watch(trainer, on_step_begin=begin)
+        trainer.train()
+        # Two rows of each client, the client with the longer rows in the first slot.
+        expected = [5.0 / math.sqrt(n * 32) for n in (longer, 6) for _ in range(2)] * 2
+        for largest, bound in zip(torch.cat(noise).tolist(), expected, strict=True):
+            assert 0.9 * bound < largest <= bound * (1 + 1e-5)
+        trainer.model.train()
+        trainer.model.get_base_model().get_input_embeddings()(torch.tensor([[3, 4]]))
+        assert noise[-1].max() == 0
 
 
 class OwnLoss(FederatedTrainer):
