@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -193,7 +194,11 @@ def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
         os.kill(workers[1], signal.SIGSTOP)
         wait_until(lambda: "ProcessTimeoutError" in log.read_text(), seconds=30)
         wait_until(lambda: _start_of(workers[0]) is None, seconds=20)
-    assert "Process 1 does not answer: process 0 has waited for 3 seconds (`ddp_timeout`)" in log.read_text()
+    # Stopped at the end of a step, it is as far as the one that waits.
+    found = re.search(
+        r"(\w+ \w+) does not answer: process 0 has waited for 3 seconds \(`ddp_timeout`\)", log.read_text()
+    )
+    assert found and found[1] in ("Process 1", "Another process")
 
 
 class TestLauncher:
