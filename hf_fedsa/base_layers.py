@@ -22,13 +22,17 @@ def keep_layout(model: nn.Module) -> int:
         `int`: number of layers that had been packed. Their weights are those that they were used with since: the
         scales of their blocks have 8 bits of precision.
     """
-    unpacked = 0
     for layer in _layers_of_4_bit(model):
         layer.support_avx512bf16_for_cpu = False
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            _unpack(layer)
-            unpacked += 1
-    return unpacked
+    return unpack(model)
+
+
+def unpack(model: nn.Module) -> int:
+    """Takes 4-bit layers back that were packed for inference, to be packed again when it comes to that."""
+    packed = [m for m in _layers_of_4_bit(model) if getattr(m.weight.quant_state, "packing_format_for_cpu", False)]
+    for layer in packed:
+        _unpack(layer)
+    return len(packed)
 
 
 def _layers_of_4_bit(model: nn.Module) -> Iterator[nn.Module]:

@@ -5,6 +5,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from .base_layers import unpack
+
 
 def merge(model: PeftModel) -> PreTrainedModel:
     """
@@ -17,6 +19,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
         `ValueError`: an adapted weight also serves in another place, which would change with it.
     """
     base = model.get_base_model()
+    unpack(base)  # PEFT would read the weights in the layout that they are saved in.
     holders: dict[int, list[nn.Module]] = {}
     for module in base.modules():
         for parameter in module.parameters(recurse=False):

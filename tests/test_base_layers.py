@@ -8,7 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.base_layers import GradientProbe, keep_layout
+from hf_fedsa.base_layers import GradientProbe, keep_layout, unpack
+from hf_fedsa.merging import merge
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -142,6 +143,20 @@ def test_a_model_of_odd_size_can_be_evaluated(base_dir, tmp_path):
     make_model(hidden_size=48, intermediate_size=80).save_pretrained(tmp_path / "base")
     trainer = make_trainer(load_base(tmp_path / "base"), tmp_path / "out")
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_merging_into_a_base_used_before_merges_into_its_weights(base_dir):
+    bases = [load_base(base_dir), load_base(base_dir)]
+    run_in_evaluation_mode(bases[0])
+    unpack(bases[1])
+    merged = []
+    for base in bases:
+        model = get_peft_model(base, make_lora())
+        with torch.no_grad():
+            for i, parameter in enumerate(p for name, p in model.named_parameters() if "lora_" in name):
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) * 0.1)
+        merged.append(dequantized(merge(model)))
+    assert max_difference(*merged) < 0.2 < max(weight.abs().max() for weight in merged[0].values())
 
 
 class TestProbe:
