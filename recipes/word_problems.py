@@ -225,7 +225,7 @@ def write_ledger(problem: Problem) -> str:
 
 def write_teacher(problem: Problem) -> str:
     reasons = [f"{s.left} {WORDS[s.operator]} {s.right} is {s.result}" for s in problem.steps]
-    return f"Answer: {problem.unit.count(problem.steps[-1].result)}. Because {', and '.join(reasons)}."
+    return f"{', and '.join(reasons)}. So the answer is {problem.unit.count(problem.steps[-1].result)}."
 
 
 def write_engineer(problem: Problem) -> str:
@@ -235,7 +235,7 @@ def write_engineer(problem: Problem) -> str:
 
 STYLES: tuple[AnswerStyle, ...] = (
     AnswerStyle("ledger", write_ledger, rf"(?:\A|\n)#### {NUMBER}\Z"),
-    AnswerStyle("teacher", write_teacher, rf"\AAnswer: {NUMBER} [a-z]+\. Because "),
+    AnswerStyle("teacher", write_teacher, rf"\. So the answer is {NUMBER} [a-z]+\.\Z"),
     AnswerStyle("engineer", write_engineer, rf"\[{NUMBER}\] [A-Za-z]+\.\Z"),
 )
 
