@@ -2076,6 +2076,7 @@ class FederatedMixin:
             [`~hf_fedsa.run_lock.RunLockError`]: another run is at work in `output_dir` or `client_store_dir`.
         """
         self._resuming, self._resumed = False, Resumption()
+        self._slots.keep_trained()  # The optimizer, whoever makes it, takes what trains.
         if self.spans_processes:
             # Prepared as for evaluation, the model is not wrapped in `DistributedDataParallel`: its gradients are
             # those of this process's clients, and are not to be averaged.
