@@ -2082,7 +2082,6 @@ class FederatedMixin:
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model._is_accelerate_prepared = True
-        self._slots.keep_trained()  # The optimizer takes what trains.
         with self._alone_in_its_folders(), self._as_it_was_unless_begun():
             checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
             with explain_timeout(self.args.ddp_timeout_delta):
