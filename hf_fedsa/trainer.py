@@ -2771,8 +2771,7 @@ def _refuse_packing(args: FederatedConfig) -> None:
 
 
 def _refuse_another_sampler(trainer: Trainer) -> None:
-    owner = next(base for base in type(trainer).__mro__ if "_get_train_sampler" in vars(base))
-    if not owner.__module__.startswith(("transformers.", "trl.")):
+    if not type(trainer)._get_train_sampler.__module__.startswith(("transformers.", "trl.")):
         raise ValueError(
             f"`{type(trainer).__name__}` has a `_get_train_sampler` of its own, which would not be asked: every "
             "client's rows are drawn by themselves. Set `train_sampling_strategy` ('sequential' keeps the order of "
