@@ -142,7 +142,7 @@ def main(recipe_args, training_args, model_args) -> None:
 
     announce(f"Loss of {len(train)} clients on their held-out rows, before they train")
     before = losses(trainer)
-    announce(f"\n{training_args.rounds} rounds")
+    announce("\nTraining")
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model()
@@ -160,6 +160,7 @@ def main(recipe_args, training_args, model_args) -> None:
         announce(f"On the Hub: {trainer.hub_model_id}")
     if recipe_args.max_loss_ratio is not None:
         check_that_all_have_learned(before, after, recipe_args.max_loss_ratio)
+        announce(f"Every client has at most {recipe_args.max_loss_ratio:.0%} of its loss left.")
 
 
 # Data
@@ -298,7 +299,7 @@ def results_table(trainer, before: dict[str, float], after: dict[str, float], ma
     for entry in trainer.round_history:
         for client_id in entry["clients"]:
             sent[client_id] += entry["bytes_up"] // len(entry["clients"])
-    rows = [["client", "loss before", "after", "exact match", "bytes that left"]]
+    rows = [["client", "loss before", "loss after", "exact match ± standard error", "bytes that left"]]
     for client_id, hits in matches.items():
         share = sum(hits) / len(hits)
         error = math.sqrt(share * (1 - share) / len(hits))
