@@ -91,13 +91,33 @@ def describe_adapter(config: PeftConfig) -> dict[str, Any]:
     return {name: plain(value) for name, value in config.to_dict().items() if name not in _ADAPTER_WITHOUT_EFFECT}
 
 
-def describe_base(model: PreTrainedModel, revision: str | None) -> dict[str, Any]:
-    """What is known of the base model's weights beside its name."""
+def describe_base(model: PreTrainedModel, revision: str | None, sample: bool = True) -> dict[str, Any]:
+    """
+    What is known of the base model's weights beside its name. `sample` looks at them, which is of no use where the
+    adapter's initialisation has changed them.
+    """
     quantization = getattr(model.config, "quantization_config", None) or {}
     entries = quantization if isinstance(quantization, Mapping) else quantization.to_dict()
     names = ("quant_method", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type")
     kept = {name: plain(entries[name]) for name in names if name in entries}
-    return {"dtype": str(model.dtype), "revision": revision, **kept}
+    weights = _sample_sha256(model) if sample else None
+    return {"dtype": str(model.dtype), "revision": revision, "weights": weights, **kept}
+
+
+def _sample_sha256(model: PreTrainedModel) -> str:
+    """SHA-256 over a few numbers of every weight that is neither quantized nor an adapter's. It takes milliseconds."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_floating_point() and not any(part in name for part in _OF_ADAPTERS):
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLED)][:_SAMPLED].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+_SAMPLED = 64
+# The original of a head that is trained in full may be random.
+_OF_ADAPTERS = (".lora_", ".vera_", "modules_to_save", "original_module")
 
 
 def plain(value: Any) -> Any:

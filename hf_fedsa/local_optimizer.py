@@ -86,6 +86,19 @@ def split_groups(optimizer: torch.optim.Optimizer, slots: Sequence[Mapping[str, 
     optimizer.param_groups[:] = groups
 
 
+def fit_groups(saved: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    A saved state of a schedule for an optimizer with more or fewer parameter groups, as it has with other slots.
+
+    Entries per group are the schedule's own, but for the present learning rate, which all groups have in common.
+    """
+    fitted = dict(saved)
+    for name, values in saved.items():
+        if isinstance(values, (list, tuple)) and len(values) != len(own[name]):
+            fitted[name] = [values[0]] * len(own[name]) if name == "_last_lr" else own[name]
+    return fitted
+
+
 def groups_of(optimizer: torch.optim.Optimizer, slot: Mapping[str, nn.Parameter]) -> list[int]:
     """Places of a slot's parameter groups among all of the optimizer's."""
     own = {id(p) for p in slot.values()}

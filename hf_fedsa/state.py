@@ -366,6 +366,14 @@ def check_manifest(checkpoint: Path) -> None:
             f"{checkpoint} is damaged: {STATE_FOLDER}/{_MANIFEST} cannot be read ({error}). Resume from an earlier "
             "checkpoint."
         ) from error
+    well_formed = isinstance(files, dict) and all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
+    )
+    if not well_formed:
+        raise CheckpointError(
+            f"{checkpoint} is damaged: {STATE_FOLDER}/{_MANIFEST} does not list files. Resume from an earlier "
+            "checkpoint."
+        )
     for name, expected in files.items():
         path = checkpoint / name
         if not path.is_file():

@@ -85,6 +85,7 @@ from .local_optimizer import (
     counted,
     counters,
     counters_from,
+    fit_groups,
     groups_of,
     refuse_kept_weights,
     refuse_optimizer,
@@ -251,6 +252,7 @@ class FederatedMixin:
         self._step_rows: SlotRows | None = None
         self._step_losses: list[torch.Tensor] = []
         self._noise: ClientNoise | None = None
+        self._noise_handle: torch.utils.hooks.RemovableHandle | None = None
         if args.neftune_noise_alpha is not None and not self._keeps_trainer_loop:
             self._noise = ClientNoise(args.neftune_noise_alpha, args.pad_to_multiple_of)
 
@@ -297,6 +299,11 @@ class FederatedMixin:
                 packed,
             )
         self._gradient_probe = GradientProbe(self.model)
+        self._base = describe_base(
+            self.model.get_base_model(),
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            sample=not mutates_base(next(iter(self.model.peft_config.values()))),
+        )
         self._slots = Slots(
             self.model,
             num_slots,
@@ -310,7 +317,9 @@ class FederatedMixin:
         self._initial_local = self._slots.take(0, "local")
         # What some initialisations took out of the base weight, whatever the run starts from.
         self._created = {**self._initial_shared, **self._initial_local}
-        self._has_run = False
+        self._begun = self._has_run = False
+        # A checkpoint whose clients took the place of this trainer's own, for a run that then failed.
+        self._replaced_by: Path | None = None
         # Whether slot 0 holds the first client's adapter, for users to read and to write.
         self._at_rest = True
         # Where several processes take turns at a client, they find its B on the disk they have in common.
@@ -446,6 +455,7 @@ class FederatedMixin:
         """
         if self._slot_of or self._displaced is not None or not (self._at_rest or not self._names_clients):
             return
+        self._check_store()
         first = self.client_ids[0]
         placed = self._client_tensors(first)
         edited = {key: t for key, t in self._slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
@@ -583,6 +593,7 @@ class FederatedMixin:
 
     def _stored(self, store: str, client_id: str) -> dict[str, torch.Tensor]:
         """What a client that has trained has left in a store."""
+        self._check_store()
         try:
             return (self._clients if store == "clients" else self._optimizers).get(client_id)
         except ClientStoreError as error:
@@ -1106,6 +1117,12 @@ class FederatedMixin:
                 "schedule is as long as the run and not as the clients' own steps. Call "
                 "`super().create_scheduler(...)`, or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
             )
+        if not self._resuming and self._replaced_by is not None:
+            raise RuntimeError(
+                f"A run that was to go on from {self._replaced_by} has failed after it had put the clients of that "
+                "checkpoint in the place of this trainer's own. Resume from a checkpoint, or make a new trainer."
+            )
+        self._replaced_by = None
         if not self._resuming:
             earlier, run_id = self._progress, uuid4().hex
             with self._first_process_first():
@@ -1119,12 +1136,14 @@ class FederatedMixin:
         elif self._ends_round_first:
             self.end_round()
         self._resuming = self._ends_round_first = False
-        self._has_run, self._at_rest = True, False
+        self._begun, self._has_run, self._at_rest = True, True, False
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / _LAST_RUN, {"run_id": self._progress.run_id})
         if self._noise is not None:
             # The Trainer's own hook scales the noise by the length of the whole batch. It takes off this one as well.
             self.neftune_hook_handle.remove()
             embeddings = self.model.get_base_model().get_input_embeddings()
-            self.neftune_hook_handle = embeddings.register_forward_hook(self._noise)
+            self.neftune_hook_handle = self._noise_handle = embeddings.register_forward_hook(self._noise)
         if self.spans_processes:
             plans = gather_object([[round_.client_ids for round_ in self._rounds]])
             differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
@@ -1171,13 +1190,10 @@ class FederatedMixin:
         known_as = os.path.relpath(output_dir, store) if store.is_relative_to(output_dir) else str(output_dir)
         this_run = {"output_dir": known_as, "client_ids": sorted(self.client_ids), "run_id": run_id}
         path = self._store_dir / "run.json"
-        owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not resuming:
+            self._check_store()
+        owner = self._store_owner()
         ours = self._owned_as is not None and owner.get("run_id") == self._owned_as
-        if self._owned_as is not None and not ours and not resuming:
-            raise ValueError(
-                f"Another run has used {str(self._store_dir)!r} since this trainer's last one, so its clients are "
-                "not those to go on with. Resume from a checkpoint, or make a new trainer."
-            )
         if not ours and (list(self._clients) or list(self._optimizers)):
             same_place = owner.get("output_dir") in (known_as, str(output_dir))
             same_run = owner.get("client_ids") == this_run["client_ids"] and (
@@ -1185,6 +1201,8 @@ class FederatedMixin:
             )
             # A run that died before its first checkpoint has to start anew, and its clients are of no use.
             nothing_to_resume = newest_whole_checkpoint(output_dir, warn=logger.debug) is None
+            # One that has finished may have left them nowhere else, in a folder that the user has named.
+            nothing_to_resume &= not (owner.get("finished") and self.args.client_store_dir)
             if not (same_run and (resuming or nothing_to_resume)):
                 raise ValueError(
                     f"`client_store_dir={str(self._store_dir)!r}` holds the clients of another run, which this one "
@@ -1192,6 +1210,23 @@ class FederatedMixin:
                 )
         write_json(path, this_run)
         self._owned_as = run_id
+
+    def _store_owner(self) -> dict[str, Any]:
+        """What is known of the run whose clients are in the store on disk."""
+        path = self._store_dir / "run.json"
+        try:
+            owner = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError:
+            owner = {}
+        return owner if isinstance(owner, dict) else {}
+
+    def _check_store(self) -> None:
+        """Makes sure that the clients in a store on disk are those of this trainer's last run."""
+        if self._owned_as is not None and self._store_owner().get("run_id") != self._owned_as:
+            raise ClientStoreError(
+                f"{self._store_dir} is gone, or another run has used it since this trainer's last one, so its clients "
+                "are not those to go on with. Resume from a checkpoint, or make a new trainer."
+            )
 
     def begin_round(self) -> None:
         """Announces the round. Its clients are loaded at its first step."""
@@ -1256,6 +1291,12 @@ class FederatedMixin:
             self._push_progress()
         if not self._names_clients:
             self._take_edits()  # The Trainer has put back the best weights, if it was asked to.
+        if self._owned_as is not None:
+            write_json(self._store_dir / "run.json", {**self._store_owner(), "finished": True})
+        self._rest()
+
+    def _rest(self) -> None:
+        """Puts the first client's adapter into the model, for users to read and to write."""
         self._slots.load(0, self._client_tensors(self.client_ids[0]))
         for slot in range(1, len(self._slots)):
             # Whatever is made of the model's state dict, it does not hold the B of the clients that came last.
@@ -1367,7 +1408,7 @@ class FederatedMixin:
         if self.spans_processes:
             changes = {c: change for part in gather_object([changes]) for c, change in part.items()}
         faults = outliers(changes, norm=float(nn.utils.get_total_norm(t.float() for t in self._broadcast().values())))
-        for client_id, tensors in self._held.items():
+        for client_id, tensors in sorted(self._held.items()):  # The order of a resumed run, too.
             if client_id in faults:
                 self._leave_out(client_id, faults[client_id])
                 continue
@@ -1813,7 +1854,6 @@ class FederatedMixin:
     def _identity(self) -> dict[str, Any]:
         """All that the results depend on, see `hf_fedsa.identity`."""
         config = self._slots.config
-        base = self.model.get_base_model()
         identity = {
             "method": self._slots.method.name,
             "client_ids": sorted(self.client_ids),
@@ -1823,7 +1863,7 @@ class FederatedMixin:
             "origin": self._origin and self._origin["shared_sha256"],
             "trains_shared": self._trains_shared,
             "base_model": _base_model_name(self.model),
-            "base": describe_base(base, revision=(self.args.model_init_kwargs or {}).get("revision")),
+            "base": self._base,
             "num_rows": {client_id: len(self._rows_of[client_id]) for client_id in sorted(self.client_ids)},
             "rows": self._row_fingerprints,
             "optimizer": plain(self.optimizer_cls_and_kwargs),
@@ -2090,20 +2130,54 @@ class FederatedMixin:
 
     @contextlib.contextmanager
     def _as_it_was_unless_begun(self) -> Iterator[None]:
-        """Takes back what was loaded of a checkpoint by a first run that fails before it has begun."""
+        """
+        Leaves a trainer whose run fails fit for the next one.
+
+        A first run that fails before it has begun leaves everything as it was, what was written into the model
+        included. One that fails later leaves every client as after the last wave it finished.
+        """
         before = self._shared, self._initial_shared, self._initial_local, self._progress
+        adapter = self._slots.take(0)
+        self._begun = False
         try:
             yield
         except BaseException:
-            if not self._has_run:
+            if self._noise_handle is not None:
+                self._noise_handle.remove()
+            if not self._begun and not self._has_run:
                 self._shared, self._initial_shared, self._initial_local, self._progress = before
                 self._held, self._slot_of = {}, {}
-                self._slots.load(0, self._client_tensors(self.client_ids[0]))
+                self._slots.load(0, adapter)
+            elif self._begun and self._names_clients:
+                self._held, self._slot_of = {}, {}
+                # What is lost of the store is not to hide what has happened.
+                with contextlib.suppress(ClientStoreError):
+                    self._rest()
             raise
+
+    def _last_run(self) -> str | None:
+        """The run that has begun last in `output_dir`, where that is known."""
+        path = Path(self.args.output_dir) / _LAST_RUN
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["run_id"] if path.is_file() else None
+        except (ValueError, KeyError, TypeError):
+            return None
 
     def _checkpoint_to_resume(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
         if resume_from_checkpoint is True:
-            newest = newest_whole_checkpoint(Path(self.args.output_dir), warn=logger.warning)
+            output_dir, last_run = Path(self.args.output_dir), self._last_run()
+            newest = newest_whole_checkpoint(
+                output_dir,
+                warn=logger.warning,
+                accept=lambda path: last_run in (None, read_state(path)["progress"].get("run_id")),
+            )
+            older = newest_whole_checkpoint(output_dir, warn=logger.debug)
+            if newest is None and older is not None:
+                raise CheckpointError(
+                    f"`resume_from_checkpoint=True`, but the run that began last in {output_dir} has left no whole "
+                    f"checkpoint there. {older} is of an earlier run: pass that path to go on from it, or call "
+                    "`train()` without it to start from the beginning."
+                )
             if newest is None:
                 raise CheckpointError(
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir} holds no whole checkpoint. Call "
@@ -2135,6 +2209,7 @@ class FederatedMixin:
             self._claim_store(state["progress"].get("run_id", ""), resuming=True)
             # The state of one kind of optimizer is of no use to another.
             kept = ("clients",) if changes & set(_OPTIMIZER_KIND) else ("clients", "optimizers")
+            self._replaced_by = checkpoint if self._has_run else None
             self._fill_stores({name: folder / name for name in kept})
 
         self._progress, self._resumed = self._position_of(state, changes)
@@ -2209,8 +2284,11 @@ class FederatedMixin:
                 self._set_optimizer_state({})
         else:
             # Between waves the slots hold nobody's state, and there may be more or fewer of them than were saved.
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            saved = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(fit_groups(saved, self.lr_scheduler.state_dict()))
             self._set_rates(self.lr_scheduler.get_last_lr())
+        if self._schedule_at_round_start is not None:
+            self._schedule_at_round_start = fit_groups(self._schedule_at_round_start, self.lr_scheduler.state_dict())
         if not isinstance(self.lr_scheduler, LambdaLR):
             return
         if self._resumed.changes:
@@ -2829,6 +2907,9 @@ _COLLECTIVES = ("gather", "gather_for_metrics", "pad_across_processes", "prepare
 def _unchanged(data: Any, *args, **kwargs) -> Any:
     return data
 
+
+# Names the run that has begun last in `output_dir`, whose checkpoints are those to resume.
+_LAST_RUN = "last_run.json"
 
 # Arguments with which the optimizer is of another kind.
 _OPTIMIZER_KIND = ("optim", "optim_args", "optim_target_modules", "optimizer_cls_and_kwargs")
