@@ -558,6 +558,10 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, tokenizer, inside
         for checkpoint in (tmp_path / "new").glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         (tmp_path / "new").rename(tmp_path / "newer")
+        with pytest.raises(ValueError, match="holds the clients of another run"):
+            make("newer", 1).train()  # It has finished, and the store may be all that is left of it.
+        owner = tmp_path / "newer" / "client_store" / "run.json"
+        owner.write_text(json.dumps({**json.loads(owner.read_text()), "finished": False}))
         make("newer", 1).train()
 
 
