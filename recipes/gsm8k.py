@@ -97,6 +97,7 @@ class GSM8KArguments:
 
 
 def main(recipe_args, training_args, model_args) -> None:
+    from launch import use_all_cores
     from smollm2 import REPOSITORY, smollm2_folder
     from trl import get_peft_config, get_quantization_config
 
@@ -107,6 +108,7 @@ def main(recipe_args, training_args, model_args) -> None:
     if model == REPOSITORY:
         with training_args.main_process_first():
             model, training_args.hub_base_model = str(smollm2_folder()), REPOSITORY
+    use_all_cores(training_args)
     # Only what is copied to an accelerator can be pinned for it.
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
     training_args.model_init_kwargs = {
@@ -343,7 +345,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
-    from quiet import quiet_libraries
+    from launch import quiet_libraries
 
     quiet_libraries()
     main(*make_parser().parse_args_and_config())

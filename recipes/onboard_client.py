@@ -62,11 +62,13 @@ class OnboardArguments:
 
 
 def main(recipe_args, training_args, model_args) -> None:
+    from launch import use_all_cores
     from smollm2 import REPOSITORY, smollm2_folder
     from trl import get_quantization_config
 
     from hf_fedsa import FederatedTrainer
 
+    use_all_cores(training_args)
     # Only what is copied to an accelerator can be pinned for it.
     training_args.dataloader_pin_memory &= training_args.device.type != "cpu"
 
@@ -133,7 +135,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
-    from quiet import quiet_libraries
+    from launch import quiet_libraries
 
     quiet_libraries()
     main(*make_parser().parse_args_and_config())
