@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="hf_fedsa",
@@ -9,7 +9,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["hf_fedsa"],
+    packages=find_packages(include=["hf_fedsa", "hf_fedsa.*"]),
     package_data={"hf_fedsa": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[

@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, PeftConfig, VeraConfig
 from peft.utils.peft_types import PeftType, TaskType
 
+from .client.parameters import ADAPTERS, adapter_kind
+from .client.slots import mutates_base
 from .federation_file import brief, is_number, is_text, is_whole, read_object
-from .parameters import METHODS, method_for
 from .peft_config import validate_peft_config
-from .slots import mutates_base
 
 # Others load further repositories or have no rule of what is shared.
 _CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "VERA": VeraConfig}
@@ -41,7 +41,7 @@ def read_adapter_config(path: Path, method: str) -> PeftConfig:
         path (`Path`):
             The file.
         method (`str`):
-            The federation's row of `METHODS`.
+            The federation's row of `ADAPTERS`.
 
     Raises:
         `ValueError`: a field is not what PEFT expects there, or asks for more than an adapter of that method needs.
@@ -61,9 +61,9 @@ def read_adapter_config(path: Path, method: str) -> PeftConfig:
         validate_peft_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if method_for(config).name != method:
+    if adapter_kind(config).name != method:
         raise ValueError(
-            f"{path} is the config of the method {method_for(config).name!r}, and the federation's is {method!r}."
+            f"{path} is the config of the method {adapter_kind(config).name!r}, and the federation's is {method!r}."
         )
     return config
 
@@ -215,7 +215,7 @@ def config_to_build(config: PeftConfig, tensors: Mapping[str, torch.Tensor], pla
 
 def _ranks(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
     """Rank of every adapted module, by its name, as the shapes have it, and the key of the tensor that has it."""
-    (names,) = {row.shared for row in METHODS if row.peft_type == config.peft_type.value}
+    (names,) = {row.shared for row in ADAPTERS if row.peft_type == config.peft_type.value}
     ranks = {}
     for key, tensor in tensors.items():
         module, _, name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from .client.parameters import ADAPTERS
+from .files import validate_client_ids
 from .folder import may_be_processing_file
 from .model_card import TASKS
-from .parameters import METHODS
-from .state import validate_client_ids
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -150,7 +150,7 @@ _FEDERATION: dict[str, Check] = {
     "hub_base_model": _or_none(_TEXT),
     "initial_shared_sha256": _HASH,
     "local_tensors": _TEXTS,
-    "method": (lambda value: value in [row.name for row in METHODS], f"one of {', '.join(r.name for r in METHODS)}"),
+    "method": (lambda value: value in [row.name for row in ADAPTERS], f"one of {', '.join(r.name for r in ADAPTERS)}"),
     "mutates_base": _FLAG,
     "num_clients": _COUNT,
     "origin": _or_none(_OBJECT),

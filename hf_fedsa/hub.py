@@ -39,30 +39,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_file import check_tensors, config_to_build, read_adapter_config
-from .aggregation import weighted_mean
+from .client.parameters import ADAPTERS, AdapterKind, adapter_shapes, adapter_tensors, classify
+from .client.slots import mutates_base
 from .federation_file import read_federation_file, read_object, read_rounds
-from .folder import (
-    CONFIG,
-    FEDERATION,
-    ROUNDS,
-    WEIGHTS,
-    is_known_processing_file,
-    locate,
-    locate_own,
-)
+from .files import file_sha256, write_json, write_safetensors, write_text
+from .folder import CONFIG, FEDERATION, ROUNDS, WEIGHTS, is_known_processing_file, locate, locate_own
 from .merging import merge as merge_into_base
 from .model_card import TASKS, make_model_card, summarize
-from .parameters import (
-    METHODS,
-    AdapterMethod,
-    adapter_shapes,
-    adapter_tensors,
-    classify,
-    clone_tensors,
-    tensors_sha256,
-)
-from .slots import mutates_base
-from .state import file_sha256, write_json, write_safetensors, write_text
+from .server.aggregation import weighted_mean
+from .tensors import clone_tensors, tensors_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +71,7 @@ def describe_federation(
     *,
     model: PeftModel,
     adapter_name: str,
-    method: AdapterMethod,
+    method: AdapterKind,
     shared: Mapping[str, torch.Tensor],
     frozen: Mapping[str, torch.Tensor],
     summary: Mapping[str, Any],
@@ -99,7 +84,7 @@ def describe_federation(
             Model the adapters belong to.
         adapter_name (`str`):
             Adapter whose config is described.
-        method ([`~hf_fedsa.parameters.AdapterMethod`]):
+        method ([`~hf_fedsa.parameters.AdapterKind`]):
             Row of the adapter in the table of shared tensors.
         shared (`Mapping[str, torch.Tensor]`):
             The server's tensors.
@@ -1376,7 +1361,7 @@ def load_origin(
     shared = origin.read_adapter("shared", None, whose="The shared part")
     if tensors_sha256(shared.tensors) != federation["shared_sha256"]:
         raise ValueError(_MIXTURE.format(path=f"{source}/shared/{WEIGHTS}"))
-    method = next(row for row in METHODS if row.name == federation["method"])
+    method = next(row for row in ADAPTERS if row.name == federation["method"])
 
     def local_of(client_id: str) -> dict[str, torch.Tensor]:
         modules, sharing = getattr(shared.config, "modules_to_save", None), federation["share_modules_to_save"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict, concatenate_datasets
 
-from .sampling import derive_seed
+from .seeds import derive_seed
 
 _MAX_DRAWS = 100
 
@@ -228,7 +228,7 @@ def _group(dataset: Dataset, column: str, name: str) -> DatasetDict:
 # One dataset for all clients: the trainer tokenizes once and finds each client's rows again by a column.
 
 
-def merge_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
+def join_clients(clients: Mapping[str, Dataset], column: str) -> Dataset:
     """
     Puts the clients' rows into one dataset with a column that names the client.
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig, VeraConfig
 
-from .parameters import method_for
+from .client.parameters import adapter_kind
 
 
 def validate_peft_config(config: PeftConfig | None) -> None:
@@ -21,7 +21,7 @@ def validate_peft_config(config: PeftConfig | None) -> None:
             "`peft_config` is None, but federated training needs an adapter to share: only its A matrices travel. "
             "Pass a `FedSALoraConfig` or `FedSAVeraConfig` (a stock `LoraConfig` or `VeraConfig` will do)."
         )
-    method_for(config)
+    adapter_kind(config)
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
             f"`bias={config.bias!r}` trains the base model's own biases, which all clients have in common. Set "

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 from uuid import uuid4
 
@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,29 +48,49 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from . import hub
-from .aggregation import JUDGED_FROM, WeightedMean, outliers
-from .base_layers import GradientProbe, keep_layout
-from .callbacks import (
-    FederatedCallback,
-    FederatedProgressCallback,
-    JITCheckpointAtStepEnd,
-    RoundCallback,
-    log_line,
-    round_metrics,
-)
+from .callbacks import FederatedCallback, FederatedProgressCallback, JITCheckpointAtStepEnd, RoundCallback
 from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
 from .checkpoint import (
+    STATE_FOLDER,
+    CheckpointError,
     Resumption,
+    RunState,
     check_changes,
+    check_manifest,
     check_position,
+    checkpoint_with_copy,
     delete_older_checkpoints,
     make_room,
+    newest_whole_checkpoint,
+    read_state,
     remove_replaced,
     restore_replaced,
+    write_manifest,
 )
+from .client.base_layers import GradientProbe, keep_layout
+from .client.data import RoundSampler, SlotCollator, SlotDataset, split_rows
+from .client.local_optimizer import (
+    counted,
+    counters,
+    counters_from,
+    fit_groups,
+    flatten_state,
+    groups_of,
+    refuse_kept_weights,
+    refuse_optimizer,
+    renewed,
+    split_groups,
+)
+from .client.noise import ClientNoise
+from .client.parameters import adapter_tensors
+from .client.scoring import score_next_tokens
+from .client.slots import SlotRows, Slots, mutates_base
+from .client.store import ClientStore, ClientStoreError, DiskClientStore, MemoryClientStore
+from .client.waves import LocalWork, Round, Wave, match_lengths, plan_round
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
-from .data import rows_of
 from .evaluation import kept_in_precision
+from .faults import JUDGED_FROM, norm_and_change, outliers
+from .files import validate_client_ids, write_json, write_safetensors, write_text
 from .folder import saving
 from .identity import (
     SCHEDULES_BY_METRIC,
@@ -81,22 +101,10 @@ from .identity import (
     plain,
     row_fingerprints,
 )
-from .local_optimizer import (
-    counted,
-    counters,
-    counters_from,
-    fit_groups,
-    groups_of,
-    refuse_kept_weights,
-    refuse_optimizer,
-    renewed,
-    split_groups,
-)
+from .metrics import MOST_CLIENTS_IN_LOG, log_line, round_metrics, spread
 from .model_card import make_model_card
-from .noise import ClientNoise
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
-from .parameters import adapter_tensors, clone_tensors, count_bytes, tensors_sha256
-from .partition import is_transformed, merge_clients, rows_by_client
+from .partition import is_transformed, join_clients, rows_by_client
 from .peft_config import validate_peft_config
 from .processes import (
     exit_without_launcher,
@@ -107,27 +115,10 @@ from .processes import (
     watch_launcher,
 )
 from .run_lock import RunLock
-from .sampling import ClientSampler, LocalWork, Round, Wave, derive_seed, match_lengths, plan_round, sample_clients
-from .scoring import score_next_tokens
-from .slots import SlotRows, Slots, mutates_base
-from .state import (
-    STATE_FOLDER,
-    CheckpointError,
-    ClientStore,
-    ClientStoreError,
-    DiskClientStore,
-    MemoryClientStore,
-    RunState,
-    check_manifest,
-    checkpoint_with_copy,
-    newest_whole_checkpoint,
-    read_state,
-    validate_client_ids,
-    write_json,
-    write_manifest,
-    write_safetensors,
-    write_text,
-)
+from .seeds import derive_seed
+from .server.aggregation import WeightedMean
+from .server.sampling import ClientSampler, sample_clients
+from .tensors import clone_tensors, count_bytes, tensors_sha256
 from .trackers import args_of_push_event, refuse_uploads_of_clients
 
 logger = logging.getLogger(__name__)
@@ -622,9 +613,9 @@ class FederatedMixin:
         longest = max(round_.num_steps for round_ in self._rounds)
         # The Trainer's loader already has the right columns and collator; only the order of the rows is ours.
         return DataLoader(
-            _SlotDataset(loader.dataset),
-            batch_sampler=_RoundSampler(self._micro_batches, longest * self.args.gradient_accumulation_steps),
-            collate_fn=_SlotCollator(loader.collate_fn),
+            SlotDataset(loader.dataset),
+            batch_sampler=RoundSampler(self._micro_batches, longest * self.args.gradient_accumulation_steps),
+            collate_fn=SlotCollator(loader.collate_fn),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -795,7 +786,7 @@ class FederatedMixin:
                     self._progress.left_out[client_id] = f"its rows cannot be read ({kind})"
         parts: dict[int, list[dict[str, Any]]] = {}
         for batch in batches:
-            for slot, part in _split_rows(batch, batch["slot_rows"]):
+            for slot, part in split_rows(batch, batch["slot_rows"]):
                 parts.setdefault(slot, []).append(part)
         # Each client's loss is normalised by its own tokens, counted the way the Trainer counts a whole batch.
         self._step_items = {slot: self._get_num_items_in_batch(part, device) for slot, part in parts.items()}
@@ -840,7 +831,7 @@ class FederatedMixin:
                     self._step_rows = None
         else:
             accumulation_steps = self.current_gradient_accumulation_steps
-            for slot, part in _split_rows(inputs, slot_rows):
+            for slot, part in split_rows(inputs, slot_rows):
                 # Losses that are not normalised by a count of items are averaged over the client's own micro-batches.
                 self.current_gradient_accumulation_steps = self._step_batches[slot]
                 with self._serving(((slot, dict(slot_rows)[slot]),), part):
@@ -918,7 +909,7 @@ class FederatedMixin:
         # outputs, so its loss types and metrics apply as they are.
         outputs = self._score_rows(model, inputs)
         total = None
-        parts = zip(_split_rows(inputs, self._step_rows), _split_rows(outputs, self._step_rows), strict=True)
+        parts = zip(split_rows(inputs, self._step_rows), split_rows(outputs, self._step_rows), strict=True)
         for (slot, client_inputs), (_, client_outputs) in parts:
             replay = _Replay(type(outputs)(**client_outputs))
             loss = super().compute_loss(replay, client_inputs, num_items_in_batch=self._step_items[slot])
@@ -1068,7 +1059,7 @@ class FederatedMixin:
             f"{key}|{name}": value.detach().cpu().clone() if isinstance(value, torch.Tensor) else torch.tensor(value)
             for (owner, key), position in self._optimizer_entries().items()
             if owner == slot
-            for name, value in _flatten(saved["state"].get(position, {}))
+            for name, value in flatten_state(saved["state"].get(position, {}))
         }
         for number, index in enumerate(groups_of(self.optimizer, self._slots.parameters[slot])):
             changed = counters(saved["param_groups"][index], self._fresh_optimizer_groups[index])
@@ -1371,7 +1362,7 @@ class FederatedMixin:
         """Whether a client's change of A is large enough to be compared to those of the others, once all are known."""
         if self.args.max_update_norm != "auto" or len(self.client_ids) == 1:
             return False
-        before, change = _norm_and_change(sent, returned)
+        before, change = norm_and_change(sent, returned)
         self._progress.changes[client_id] = [change, self._loss_counts[client_id]]
         return change > JUDGED_FROM * before
 
@@ -1434,7 +1425,7 @@ class FederatedMixin:
             return "its update is not finite"
         if self.args.max_update_norm in (None, "auto"):
             return None
-        before, change = _norm_and_change(sent, returned)
+        before, change = norm_and_change(sent, returned)
         # A that starts at zero, as that of embeddings does, has no scale to compare to.
         if before > 0 and change > self.args.max_update_norm * before:
             return (
@@ -1657,8 +1648,8 @@ class FederatedMixin:
         if own_rows:
             self._keep_results(results)
         speed = speed_metrics(metric_key_prefix, start_time, num_samples=num_samples, num_steps=num_steps)
-        if len(datasets) > _MOST_CLIENTS_IN_LOG:
-            self.log({**_spread(by_name, metric_key_prefix), **speed})
+        if len(datasets) > MOST_CLIENTS_IN_LOG:
+            self.log({**spread(by_name, metric_key_prefix), **speed})
         else:
             self.log({**metrics, **speed})
         metrics.update(speed)
@@ -2532,100 +2523,6 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask)
 
 
-# Loading rows
-
-
-class _SlotDataset(torch.utils.data.Dataset):
-    """Rows of a dataset by `(slot, row)`."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[int, dict[str, Any]]]:
-        if not keys:
-            return []
-        if is_transformed(self.dataset):
-            return self._by_client(keys)  # A transform is given a batch, and must not see that of another client.
-        try:
-            rows = self.dataset.__getitems__([row for _, row in keys])
-        except Exception:  # Whatever reading raises, it must not take the other clients with it.
-            return self._by_client(keys)
-        return [(slot, row) for (slot, _), row in zip(keys, rows, strict=True)]
-
-    def _by_client(self, keys: list[tuple[int, int]]) -> list[tuple[int, "dict[str, Any] | _Unreadable"]]:
-        items: list[tuple[int, dict[str, Any] | _Unreadable]] = []
-        for slot in dict.fromkeys(slot for slot, _ in keys):
-            try:
-                rows = self.dataset.__getitems__([row for owner, row in keys if owner == slot])
-            except Exception as error:
-                items.append((slot, _Unreadable(type(error).__name__, str(error))))
-            else:
-                items += [(slot, row) for row in rows]
-        return items
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unreadable:
-    """Stands for the rows of a client that raised when they were read: kind and text of the exception."""
-
-    kind: str
-    text: str
-
-
-class _SlotCollator:
-    """
-    Collates rows of several clients. Adds `slot_rows`, the number of rows of each slot, in order, and `unreadable`,
-    what was wrong with the rows of slots that could not be read.
-    """
-
-    def __init__(self, collate: Callable):
-        self.collate = collate
-
-    def __call__(self, items: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-        unreadable = {slot: (row.kind, row.text) for slot, row in items if isinstance(row, _Unreadable)}
-        items = [(slot, row) for slot, row in items if slot not in unreadable]
-        if not items:
-            # The Trainer counts tokens in every micro-batch, also in one that no client has rows for.
-            empty = torch.zeros((0, 1), dtype=torch.long)
-            return {"input_ids": empty, "labels": empty, "slot_rows": (), "unreadable": unreadable}
-        counts: dict[int, int] = {}
-        for slot, _ in items:
-            counts[slot] = counts.get(slot, 0) + 1
-        batch = self.collate([row for _, row in items])
-        if len(counts) > 1:
-            self._check_rows(batch, len(items))
-        return {**batch, "slot_rows": tuple(counts.items()), "unreadable": unreadable}
-
-    @staticmethod
-    def _check_rows(batch: Mapping[str, Any], num_rows: int) -> None:
-        """Rows that a collator joins or multiplies would be taken for every client's."""
-        lengths = {k: len(v) for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim()}
-        named = {k: n for k, n in lengths.items() if k in ("input_ids", "labels")} or lengths
-        if any(length != num_rows for length in named.values()):
-            raise ValueError(
-                f"The data collator made a batch of {num_rows} rows into tensors of "
-                f"{', '.join(f'{n} (`{k}`)' for k, n in named.items())}, so it is not known which are of which "
-                "client. Use one that returns one entry per row, or set `parallel_clients=1`."
-            )
-
-
-class _RoundSampler(Sampler):
-    """Batches of the round that is open when iteration starts."""
-
-    def __init__(self, batches: Callable[[], Iterator[list[tuple[int, int]]]], length: int):
-        self.batches = batches
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.batches()
-
-
 class _Replay:
     """Stands in for the model where its outputs are already known."""
 
@@ -2634,35 +2531,6 @@ class _Replay:
 
     def __call__(self, *args, **kwargs):
         return self.outputs
-
-
-def _norm_and_change(sent: Mapping[str, torch.Tensor], returned: Mapping[str, torch.Tensor]) -> tuple[float, float]:
-    """Norm of what a client was sent, and of how far from it is what the client returned."""
-    before = nn.utils.get_total_norm([tensor.float() for tensor in sent.values()])
-    change = nn.utils.get_total_norm([returned[key].float() - tensor.float() for key, tensor in sent.items()])
-    return float(before), float(change)
-
-
-def _split_rows(inputs: Mapping[str, Any], slot_rows: SlotRows) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each slot's part of a batch. All of it, if it is one client's."""
-    entries = {key: value for key, value in inputs.items() if key != "slot_rows"}
-    if len(slot_rows) == 1:
-        yield slot_rows[0][0], entries
-        return
-    total = sum(count for _, count in slot_rows)
-    start = 0
-    for slot, count in slot_rows:
-        yield slot, {key: rows_of(value, key, start, count, total) for key, value in entries.items()}
-        start += count
-
-
-def _flatten(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor | int | float]]:
-    """Leaves of an optimizer's entry for one parameter. Those of bitsandbytes have a dictionary inside."""
-    for name, value in state.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}|{inner}", leaf) for inner, leaf in _flatten(value))
-        elif value is not None:
-            yield name, value
 
 
 # Checks before a model loads
@@ -2711,7 +2579,7 @@ def _as_one_dataset(dataset: Any, args: FederatedConfig, name: str) -> Dataset:
                 "Pass a split, or a dictionary from client id to rows."
             )
         validate_client_ids(dataset)
-        return merge_clients(dataset, args.client_column)
+        return join_clients(dataset, args.client_column)
     if isinstance(dataset, IterableDataset):
         raise TypeError(
             f"`{name}` is an `IterableDataset`, which has no length, but rounds are planned from the number of rows "
@@ -2937,22 +2805,6 @@ _ARGUMENTS_IN_CARD = (
     "fp16",
     "seed",
 )
-
-
-# An evaluation of more clients than this is logged as mean and spread. `rounds.jsonl` has the numbers of each.
-_MOST_CLIENTS_IN_LOG = 10
-
-
-def _spread(by_name: Mapping[str, list[Any]], prefix: str) -> dict[str, float]:
-    """Mean, standard deviation and extremes over clients of every metric that is a number."""
-    logs: dict[str, float] = {}
-    for name, values in by_name.items():
-        if all(isinstance(value, (int, float)) for value in values):
-            logs[f"{prefix}_{name}"] = fmean(values)
-            if all(map(math.isfinite, values)):
-                logs[f"{prefix}_{name}_std"] = pstdev(values)
-            logs[f"{prefix}_{name}_min"], logs[f"{prefix}_{name}_max"] = min(values), max(values)
-    return {**logs, f"{prefix}_clients": max(map(len, by_name.values()))}
 
 
 def _card_entries(

@@ -87,7 +87,7 @@ class Timing:
 
 
 def main(args: argparse.Namespace) -> dict:
-    from hf_fedsa.state import write_json
+    from hf_fedsa.files import write_json
 
     if args.steps < 2:
         raise ValueError(f"`--steps {args.steps}` leaves none to time, as the first one warms up. Pass 2 or more.")

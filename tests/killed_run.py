@@ -17,7 +17,7 @@ from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_fedsa import FederatedTrainer, state, trainer
+from hf_fedsa import FederatedTrainer, files, trainer
 
 DURATION = 0.0  # Seconds that a whole run takes.
 
@@ -40,7 +40,7 @@ def install(point: str, federation: FederatedTrainer) -> None:
         # At this point the clients' B are in the store and A is the old one.
         federation._close_round = lambda: die() if len(federation._progress.history) == 1 else close()
     elif point == "checkpoint":
-        write = state._replace_atomically
+        write = files._replace_atomically
 
         def half(path: Path, fill) -> None:
             if "checkpoint-8" in str(path) and "server" in path.name:
@@ -49,7 +49,7 @@ def install(point: str, federation: FederatedTrainer) -> None:
                 die()
             write(path, fill)
 
-        state._replace_atomically = half
+        files._replace_atomically = half
     elif point == "manifest":
         write_manifest = trainer.write_manifest
         trainer.write_manifest = lambda path: die() if path.name == "checkpoint-8" else write_manifest(path)

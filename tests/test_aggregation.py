@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_fedsa.aggregation import WeightedMean, outliers, weighted_mean
+from hf_fedsa.faults import outliers
+from hf_fedsa.server.aggregation import WeightedMean, weighted_mean
 
 
 def make_updates(num_clients: int, seed: int = 0) -> list[tuple[dict[str, torch.Tensor], float]]:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.base_layers import GradientProbe, keep_layout, unpack
+from hf_fedsa.client.base_layers import GradientProbe, keep_layout, unpack
 from hf_fedsa.merging import merge
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

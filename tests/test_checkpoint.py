@@ -16,8 +16,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_fedsa import FederatedConfig, FederatedTrainer
-from hf_fedsa.parameters import adapter_tensors
-from hf_fedsa.state import CheckpointError, write_manifest
+from hf_fedsa.checkpoint import CheckpointError, write_manifest
+from hf_fedsa.client.parameters import adapter_tensors
 
 
 class Interrupted(Exception):

@@ -40,8 +40,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
 from hf_fedsa import FederatedTrainer, chat_template, folder, other_trainers, trackers
+from hf_fedsa.client.scoring import score_next_tokens
 from hf_fedsa.folder import is_known_processing_file
-from hf_fedsa.scoring import score_next_tokens
 from hf_fedsa.trainer import FederatedMixin
 
 PACKAGE = Path(hf_fedsa.__file__).parent
@@ -1004,7 +1004,7 @@ def test_set_adapter_freezes_the_adapter_it_leaves():
 def test_variants_of_lora_are_marked_in_the_metadata_of_their_fields():
     marked = {name for name, field in LoraConfig.__dataclass_fields__.items() if field.metadata.get("is_lora_variant")}
     assert {"use_dora", "alora_invocation_tokens", "arrow_config"} <= marked, (
-        "`method_for` refuses unknown variants of LoRA by this mark; without it their tensors might be shared wrongly."
+        "`adapter_kind` refuses unknown variants of LoRA by this mark; without it their tensors might be sent wrongly."
     )
     assert not {"use_rslora", "lora_bias", "r", "init_lora_weights"} & marked
 
@@ -1152,17 +1152,19 @@ def test_bitsandbytes_packs_for_inference_by_these_names():
     layer = bitsandbytes.nn.Linear4bit(64, 32, bias=False, compress_statistics=False, quant_type="nf4").to("cpu")
     forward = inspect.getsource(bitsandbytes.nn.Linear4bit.forward)
     assert "support_avx512bf16_for_cpu" in vars(layer) and "self.support_avx512bf16_for_cpu" in forward, (
-        "hf_fedsa.base_layers clears this flag of a `Linear4bit`, so that evaluation does not pack its weight"
+        "hf_fedsa.client.base_layers clears this flag of a `Linear4bit`, so that evaluation does not pack its weight"
     )
     weight, state = layer.weight.data.clone(), layer.weight.quant_state
     scales = state.absmax.clone()
     packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.clone(), state)
     assert state.packing_format_for_cpu is True and not torch.equal(packed.flatten(), weight.flatten())
-    assert torch.equal(state.absmax.T.flatten(), scales.bfloat16()), "hf_fedsa.base_layers takes them back from here"
+    assert torch.equal(state.absmax.T.flatten(), scales.bfloat16()), (
+        "hf_fedsa.client.base_layers takes them back from here"
+    )
     state.original_nested = False
     unpacked, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(packed, state)
     assert torch.equal(unpacked, weight) and state.packing_format_for_cpu is False and state.dtype == torch.float32, (
-        "hf_fedsa.base_layers takes packed layers back by this function"
+        "hf_fedsa.client.base_layers takes packed layers back by this function"
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_fedsa.data import rows_of
+from hf_fedsa.client.data import rows_of
 
 # Rows 1 and 2 of 3.
 PART = {"name": "entry", "start": 1, "count": 2, "total": 3}

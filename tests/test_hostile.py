@@ -18,9 +18,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model, push_federation
+from hf_fedsa.files import file_sha256
 from hf_fedsa.hub import _Remote, load_origin, read_saved
-from hf_fedsa.parameters import tensors_sha256
-from hf_fedsa.state import file_sha256
+from hf_fedsa.tensors import tensors_sha256
 
 
 @pytest.fixture(scope="module")

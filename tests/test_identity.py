@@ -11,7 +11,8 @@ from conftest import make_args, make_lora
 from datasets import Dataset, Value
 
 from hf_fedsa import FederatedConfig, identity
-from hf_fedsa.checkpoint import check_changes, check_position
+from hf_fedsa.checkpoint import STATE_FOLDER, CheckpointError, RunState, check_changes, check_position, write_manifest
+from hf_fedsa.files import write_json
 from hf_fedsa.identity import (
     FIXED,
     Change,
@@ -23,7 +24,6 @@ from hf_fedsa.identity import (
     plain,
     row_fingerprints,
 )
-from hf_fedsa.state import STATE_FOLDER, CheckpointError, RunState, write_json, write_manifest
 
 WITH_EFFECT = {
     "learning_rate": 1e-3,

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from hf_fedsa import FederatedCallback, FederatedConfig, FederatedTrainer, FedSAVeraConfig
-from hf_fedsa.parameters import adapter_tensors, count_bytes
+from hf_fedsa.client.parameters import adapter_tensors
+from hf_fedsa.tensors import count_bytes
 
 
 def make_trainer(tmp_path, tokenizer, clients, *, peft_config=None, callbacks=None, model=None, **kwargs):

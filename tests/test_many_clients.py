@@ -10,7 +10,7 @@ from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from transformers import TrainerCallback
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.state import ClientStoreError
+from hf_fedsa.client.store import ClientStoreError
 
 CLIENTS = 500
 

@@ -15,9 +15,9 @@ from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from hf_fedsa import FederatedTrainer
+from hf_fedsa.client.parameters import adapter_kind
 from hf_fedsa.hub import _only_named, _summarize_results, choose_clients, describe_federation, name_on_hub
 from hf_fedsa.model_card import make_model_card, summarize
-from hf_fedsa.parameters import method_for
 
 REPO = "me/fed"
 TOKEN = "hf_a_token_that_is_nobodys"
@@ -854,7 +854,7 @@ class TestDescription:
         return describe_federation(
             model=model,
             adapter_name="default",
-            method=method_for(model.peft_config["default"]),
+            method=adapter_kind(model.peft_config["default"]),
             shared={},
             frozen={},
             summary={**defaults, **summary},

@@ -12,7 +12,8 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model
-from hf_fedsa.parameters import adapter_tensors, tensors_sha256
+from hf_fedsa.client.parameters import adapter_tensors
+from hf_fedsa.tensors import tensors_sha256
 from hf_fedsa.trainer import FederatedMixin
 
 REPO = "me/fed"

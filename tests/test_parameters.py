@@ -18,20 +18,11 @@ from peft import (
     get_peft_model_state_dict,
 )
 
-from hf_fedsa.parameters import (
-    METHODS,
-    adapter_parameters,
-    adapter_tensors,
-    classify,
-    clone_tensors,
-    count_bytes,
-    load_tensors,
-    method_for,
-    tensors_sha256,
-)
+from hf_fedsa.client.parameters import ADAPTERS, adapter_kind, adapter_parameters, adapter_tensors, classify
+from hf_fedsa.tensors import clone_tensors, count_bytes, load_tensors, tensors_sha256
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
-ROWS = {row.name: row for row in METHODS}
+ROWS = {row.name: row for row in ADAPTERS}
 OTHER_VARIANTS = sorted(
     f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant") and f.name != "use_dora"
 )
@@ -65,7 +56,7 @@ class TestTable:
         ids=["lora", "rslora", "dora", "dora+rslora", "lora+pissa", "vera"],
     )
     def test_each_config_has_its_row(self, config, name):
-        assert method_for(config).name == name
+        assert adapter_kind(config).name == name
 
     @pytest.mark.parametrize(
         "name, shared, local, frozen",
@@ -94,7 +85,7 @@ class TestTable:
     )
     def test_an_adapter_without_a_row_is_refused(self, config):
         with pytest.raises(ValueError, match=rf"`peft_config` is a {type(config).__name__}.*Covered are: dora, lora"):
-            method_for(config)
+            adapter_kind(config)
 
     def test_peft_still_marks_its_lora_variants(self):
         assert "alora_invocation_tokens" in OTHER_VARIANTS
@@ -105,16 +96,16 @@ class TestTable:
         config = LoraConfig()
         setattr(config, flag, object())
         with pytest.raises(ValueError, match=rf"LoraConfig\({flag}\).*Covered are"):
-            method_for(config)
+            adapter_kind(config)
 
     def test_a_known_flag_does_not_hide_an_unknown_one(self):
         with pytest.raises(ValueError, match="alora_invocation_tokens"):
-            method_for(LoraConfig(use_dora=True, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"))
+            adapter_kind(LoraConfig(use_dora=True, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"))
 
     @pytest.mark.parametrize("value", [None, {"r": 8}, "lora", LoraConfig], ids=["None", "dict", "str", "class"])
     def test_what_is_no_config_is_a_type_error(self, value):
         with pytest.raises(TypeError, match=f"`peft_config` must be.*got `{type(value).__name__}`"):
-            method_for(value)
+            adapter_kind(value)
 
 
 class TestClassify:
@@ -231,7 +222,8 @@ class TestAdapterParameters:
         model = make_peft_model(kind)
         config = model.peft_config["default"]
         shares = {
-            key: classify(key, method_for(config), config.modules_to_save) for key in adapter_tensors(model, "default")
+            key: classify(key, adapter_kind(config), config.modules_to_save)
+            for key in adapter_tensors(model, "default")
         }
         trained = adapter_parameters(model, "default").keys()
         assert {key for key, share in shares.items() if share != "frozen"} == set(trained)

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from hf_fedsa import describe_partition, partition_by_column, partition_dirichlet, partition_iid
-from hf_fedsa.partition import merge_clients, rows_by_client
+from hf_fedsa.partition import join_clients, rows_by_client
 
 LABELS = ["art", "law", "sport", "war"]
 
@@ -263,7 +263,7 @@ class TestDescribe:
 
 class TestMergeClients:
     def test_rows_carry_their_client(self):
-        merged = merge_clients(
+        merged = join_clients(
             {"b": Dataset.from_dict({"x": [1, 2]}), "a": Dataset.from_dict({"x": [3]})}, column="client_id"
         )
         assert merged.to_dict() == {"x": [1, 2, 3], "client_id": ["b", "b", "a"]}
@@ -271,13 +271,13 @@ class TestMergeClients:
     def test_it_undoes_a_partition(self):
         source = make_labelled(40)
         clients = partition_dirichlet(source, 3, 0.5, "label")
-        merged = merge_clients(clients, column="client_id")
+        merged = join_clients(clients, column="client_id")
         found = rows_by_client(merged, "client_id", name="merged")
         assert {client_id: [merged[i]["row"] for i in rows] for client_id, rows in found.items()} == rows_of(clients)
 
     def test_a_column_that_says_the_same_is_fine(self):
         clients = partition_by_column(make_labelled(10), "owner")
-        merged = merge_clients(clients, column="owner")
+        merged = join_clients(clients, column="owner")
         assert merged["owner"][:] == [client_id for client_id, rows in clients.items() for _ in rows]
 
     def test_the_order_of_columns_may_differ(self):
@@ -285,34 +285,34 @@ class TestMergeClients:
             "a": Dataset.from_dict({"x": [1], "y": ["p"]}),
             "b": Dataset.from_dict({"y": ["q"], "x": [2]}),
         }
-        merged = merge_clients(clients, column="client_id")
+        merged = join_clients(clients, column="client_id")
         assert (merged["x"][:], merged["y"][:]) == ([1, 2], ["p", "q"])
 
     def test_the_clients_own_datasets_are_not_changed(self):
         rows = Dataset.from_dict({"x": [1]})
-        merge_clients({"a": rows}, column="client_id")
+        join_clients({"a": rows}, column="client_id")
         assert rows.column_names == ["x"]
 
     def test_a_column_that_says_something_else_is_refused(self):
         clients = {"a": Dataset.from_dict({"x": [1, 2], "owner": ["a", "b"]})}
         with pytest.raises(ValueError, match="client 'a' have a column `owner` with other values"):
-            merge_clients(clients, column="owner")
+            join_clients(clients, column="owner")
 
     def test_a_client_without_rows_is_refused(self):
         rows = Dataset.from_dict({"x": [1]})
         with pytest.raises(ValueError, match="Client 'b' has no rows"):
-            merge_clients({"a": rows, "b": rows.select([])}, column="client_id")
+            join_clients({"a": rows, "b": rows.select([])}, column="client_id")
 
     def test_other_columns_are_named(self):
         clients = {"a": Dataset.from_dict({"x": [1], "y": [1]}), "b": Dataset.from_dict({"x": [1], "z": [1]})}
         with pytest.raises(ValueError, match="Clients 'a' and 'b' differ in the columns y, z"):
-            merge_clients(clients, column="client_id")
+            join_clients(clients, column="client_id")
 
     @pytest.mark.parametrize("kind", ["list", "streamed"])
     def test_rows_must_be_a_dataset(self, kind):
         rows = [{"x": 1}] if kind == "list" else Dataset.from_dict({"x": [1]}).to_iterable_dataset()
         with pytest.raises(TypeError, match=f"client 'a' must be a `datasets.Dataset`, got `{type(rows).__name__}`"):
-            merge_clients({"a": rows}, column="client_id")
+            join_clients({"a": rows}, column="client_id")
 
 
 class TestRowsByClient:

@@ -16,8 +16,9 @@ from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
 from hf_fedsa import processes
+from hf_fedsa.client.waves import LocalWork, plan_round
 from hf_fedsa.run_lock import _start_of
-from hf_fedsa.sampling import LocalWork, plan_round, sample_clients
+from hf_fedsa.server.sampling import sample_clients
 
 # Sums are taken in another order by several processes. Adam would make full steps of what that changes.
 SUMMED = {"optim": "sgd", "learning_rate": 0.5}

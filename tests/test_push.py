@@ -19,7 +19,7 @@ from safetensors.torch import load, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_fedsa import FederatedCallback, FederatedTrainer, list_clients, load_personalized_model, push_federation
-from hf_fedsa.parameters import tensors_sha256
+from hf_fedsa.tensors import tensors_sha256
 
 REPO = "me/fed"
 

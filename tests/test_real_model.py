@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.base_layers import keep_layout
-from hf_fedsa.parameters import count_bytes
+from hf_fedsa.client.base_layers import keep_layout
+from hf_fedsa.tensors import count_bytes
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_fedsa.sampling import LocalWork, derive_seed, match_lengths, plan_round, sample_clients
+from hf_fedsa.client.waves import LocalWork, match_lengths, plan_round
+from hf_fedsa.seeds import derive_seed
+from hf_fedsa.server.sampling import sample_clients
 
 CLIENTS = [f"client_{i}" for i in range(20)]
 

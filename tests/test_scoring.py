@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_fedsa import scoring
-from hf_fedsa.scoring import score_next_tokens
+from hf_fedsa.client import scoring
+from hf_fedsa.client.scoring import score_next_tokens
 
 ROWS, LENGTH, VOCABULARY = 3, 6, 11
 

@@ -26,9 +26,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from hf_fedsa import parameters, slots
-from hf_fedsa.parameters import METHODS, AdapterMethod
-from hf_fedsa.slots import Slots
+from hf_fedsa.client import parameters, slots
+from hf_fedsa.client.parameters import ADAPTERS, AdapterKind
+from hf_fedsa.client.slots import Slots
 
 NUM_SLOTS = 3
 LENGTH = 6
@@ -844,8 +844,8 @@ def test_an_adapter_is_added_by_one_row_of_the_table(monkeypatch):
     config = LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "up_proj"], init_weights=False)
     with pytest.raises(ValueError, match="no row"):
         Slots(get_peft_model(base_llama(), copy.deepcopy(config)), 2)
-    row = AdapterMethod("loha", "LOHA", shared=("hada_w1_a", "hada_w2_a"), local=("hada_w1_b", "hada_w2_b"))
-    monkeypatch.setattr(parameters, "METHODS", (*METHODS, row))
+    row = AdapterKind("loha", "LOHA", shared=("hada_w1_a", "hada_w2_a"), local=("hada_w1_b", "hada_w2_b"))
+    monkeypatch.setattr(parameters, "ADAPTERS", (*ADAPTERS, row))
     federation = with_references(get_peft_model(base_llama(), config).eval())
     for slot_rows in ROWS.values():
         federation.check(slot_rows)

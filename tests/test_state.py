@@ -8,25 +8,22 @@ import torch
 from conftest import max_difference
 from safetensors.torch import load_file
 
-from hf_fedsa import state
-from hf_fedsa.checkpoint import delete_older_checkpoints, make_room, remove_replaced, restore_replaced
-from hf_fedsa.state import (
+from hf_fedsa import files
+from hf_fedsa.checkpoint import (
     STATE_FOLDER,
     CheckpointError,
-    ClientStoreError,
-    DiskClientStore,
-    MemoryClientStore,
     RunState,
     check_manifest,
     check_same_federation,
-    file_sha256,
+    delete_older_checkpoints,
+    make_room,
     newest_whole_checkpoint,
-    validate_client_ids,
-    write_json,
+    remove_replaced,
+    restore_replaced,
     write_manifest,
-    write_safetensors,
-    write_text,
 )
+from hf_fedsa.client.store import ClientStoreError, DiskClientStore, MemoryClientStore
+from hf_fedsa.files import file_sha256, validate_client_ids, write_json, write_safetensors, write_text
 
 
 def make_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -224,7 +221,7 @@ class TestDiskClientStore:
                 file.write(b"half of it")
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(state, "save_file", disk_full)
+        monkeypatch.setattr(files, "save_file", disk_full)
         for client_id in ("client_0", "client_1"):
             with pytest.raises(OSError, match="No space left"):
                 store.put(client_id, make_tensors(1))

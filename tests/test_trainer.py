@@ -26,8 +26,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer
-from hf_fedsa.aggregation import WeightedMean
-from hf_fedsa.parameters import tensors_sha256
+from hf_fedsa.server.aggregation import WeightedMean
+from hf_fedsa.tensors import tensors_sha256
 
 TRAINER_ARGUMENTS = inspect.signature(FederatedTrainer.__init__).parameters.keys()
 

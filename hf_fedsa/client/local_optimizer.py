@@ -1,13 +1,13 @@
 """One optimizer, many clients: what of its parameter groups is a client's, and which optimizers cannot be shared."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from .config import FederatedConfig
+from ..config import FederatedConfig
 
 # Entries of a parameter group that follow the schedule or say what the group is, not how far a client has come.
 _NOT_COUNTED = ("params", "lr", "initial_lr")
@@ -21,6 +21,7 @@ _STEPS_IN_BACKWARD = (
     OptimizerNames.GALORE_ADAFACTOR_LAYERWISE,
     OptimizerNames.APOLLO_ADAMW_LAYERWISE,
 )
+
 # Why others go wrong although they step where they should.
 _WRONG_IN_TURN = {
     OptimizerNames.APOLLO_ADAMW: "keeps seeds in its state from the moment it is made, which are lost when the state "
@@ -28,6 +29,7 @@ _WRONG_IN_TURN = {
     OptimizerNames.GROKADAMW: "takes steps whose size depends on a parameter's place among all, so that a client's "
     "training would depend on who trains beside it",
 }
+
 # Their states hold objects or tensors of their own kinds.
 _STATE_CANNOT_BE_KEPT = (
     OptimizerNames.ADAMW_TORCH_4BIT,
@@ -150,3 +152,12 @@ def counters_from(changed: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         kind, name = kind_and_name.split("|", maxsplit=1)
         entries[name] = value if kind == "tensor" else value.item()
     return entries
+
+
+def flatten_state(state: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor | int | float]]:
+    """Leaves of an optimizer's entry for one parameter. Those of bitsandbytes have a dictionary inside."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}|{inner}", leaf) for inner, leaf in flatten_state(value))
+        elif value is not None:
+            yield name, value

@@ -1,10 +1,9 @@
 """Which adapter tensor is shared with the server and which stays with the client.
 
-This is the only file that knows PEFT's key names. A new adapter is a row in [`METHODS`].
+This is the only file that knows PEFT's key names. A new adapter is a row in [`ADAPTERS`].
 """
 
 import copy
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -16,7 +15,7 @@ from torch import nn
 
 
 @dataclass(frozen=True)
-class AdapterMethod:
+class AdapterKind:
     """
     How one adapter's tensors are divided between server and client.
 
@@ -46,20 +45,22 @@ class AdapterMethod:
 # The first row that fits a config is its method, so a row with a flag stands before the default of its type. The split
 # of A and B is that of FedSA-LoRA, https://arxiv.org/abs/2410.01463, sections 3.2 (LoRA) and 3.3 (rsLoRA, VeRA).
 _LORA_SHARED = ("lora_A", "lora_embedding_A")
+
 _LORA_LOCAL = ("lora_B", "lora_embedding_B")
-METHODS: tuple[AdapterMethod, ...] = (
-    AdapterMethod("dora", "LORA", _LORA_SHARED, (*_LORA_LOCAL, "lora_magnitude_vector"), flag="use_dora"),
-    AdapterMethod("rslora", "LORA", _LORA_SHARED, _LORA_LOCAL, flag="use_rslora"),
-    AdapterMethod("lora", "LORA", _LORA_SHARED, _LORA_LOCAL),
-    AdapterMethod("vera", "VERA", ("vera_lambda_d",), ("vera_lambda_b",), frozen=("vera_A", "vera_B")),
+
+ADAPTERS: tuple[AdapterKind, ...] = (
+    AdapterKind("dora", "LORA", _LORA_SHARED, (*_LORA_LOCAL, "lora_magnitude_vector"), flag="use_dora"),
+    AdapterKind("rslora", "LORA", _LORA_SHARED, _LORA_LOCAL, flag="use_rslora"),
+    AdapterKind("lora", "LORA", _LORA_SHARED, _LORA_LOCAL),
+    AdapterKind("vera", "VERA", ("vera_lambda_d",), ("vera_lambda_b",), frozen=("vera_A", "vera_B")),
 )
 
 Share = Literal["shared", "local", "frozen"]
 
 
-def method_for(config: PeftConfig) -> AdapterMethod:
+def adapter_kind(config: PeftConfig) -> AdapterKind:
     """
-    Returns the row of [`METHODS`] that `config` falls under.
+    Returns the row of [`ADAPTERS`] that `config` falls under.
 
     Raises:
         `TypeError`: `config` is not a PEFT config.
@@ -71,7 +72,7 @@ def method_for(config: PeftConfig) -> AdapterMethod:
             "`FedSAVeraConfig`."
         )
     peft_type = getattr(config.peft_type, "value", config.peft_type)
-    rows = [row for row in METHODS if row.peft_type == peft_type]
+    rows = [row for row in ADAPTERS if row.peft_type == peft_type]
     known_flags = {row.flag for row in rows}
     # PEFT marks the fields that switch on a LoRA variant with tensors or a forward of its own.
     variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant") and getattr(config, f.name)]
@@ -82,15 +83,16 @@ def method_for(config: PeftConfig) -> AdapterMethod:
             f"{type(config).__name__}({', '.join(unknown)})" if unknown else f"{type(config).__name__} ({peft_type})"
         )
         raise ValueError(
-            f"`peft_config` is a {kind}, and no row of `hf_fedsa.parameters.METHODS` says which of its tensors are "
-            f"shared. Covered are: {', '.join(sorted(row.name for row in METHODS))}. Use one of those, or add a row."
+            f"`peft_config` is a {kind}, and no row of `hf_fedsa.client.parameters.ADAPTERS` says which of its tensors "
+            f"are shared. Covered are: {', '.join(sorted(row.name for row in ADAPTERS))}. Use one of those, or add a "
+            "row."
         )
     return row
 
 
 def classify(
     key: str,
-    method: AdapterMethod,
+    method: AdapterKind,
     modules_to_save: Iterable[str] | None = None,
     share_modules_to_save: bool = False,
 ) -> Share:
@@ -100,7 +102,7 @@ def classify(
     Args:
         key (`str`):
             Key as PEFT saves it, i.e. without the adapter's name.
-        method ([`AdapterMethod`]):
+        method ([`AdapterKind`]):
             The adapter's row.
         modules_to_save (`Iterable[str]`, *optional*):
             The PEFT config's `modules_to_save`: modules trained in full, such as a classification head.
@@ -124,7 +126,7 @@ def classify(
         f"The adapter tensor `{key}` is neither shared nor local under method `{method.name}` (shared: "
         f"{', '.join(method.shared)}; local: {', '.join(method.local)}; modules_to_save: "
         f"{', '.join(modules_to_save or ()) or 'none'}). Add its last component to a row of "
-        "`hf_fedsa.parameters.METHODS`."
+        "`hf_fedsa.client.parameters.ADAPTERS`."
     )
 
 
@@ -197,50 +199,3 @@ def _unwrap(model: nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-
-
-def clone_tensors(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Copies tensors to the CPU, detached from the graph and from the model's memory."""
-    with torch.no_grad():
-        return {
-            key: tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
-            for key, tensor in tensors.items()
-        }
-
-
-def load_tensors(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, torch.Tensor]) -> None:
-    """
-    Writes `tensors` into `parameters` in place, cast to each parameter's dtype and device.
-
-    Writing into the parameters, rather than through PEFT, also works for a part of an adapter.
-
-    Raises:
-        `KeyError`: a tensor has no parameter of its name.
-        `ValueError`: a shape differs.
-    """
-    unknown = sorted(tensors.keys() - parameters.keys())
-    if unknown:
-        raise KeyError(f"The model has no adapter tensor named {unknown[0]!r} ({len(unknown)} unknown in all).")
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            if parameters[key].shape != tensor.shape:
-                raise ValueError(
-                    f"`{key}` has shape {tuple(tensor.shape)}, but the model's is {tuple(parameters[key].shape)}. The "
-                    "adapter was made with another rank or another base model."
-                )
-            parameters[key].copy_(tensor)
-
-
-def count_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Number of bytes of the tensors' values, as they would be sent."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for key in sorted(tensors):
-        tensor = tensors[key].detach().cpu().contiguous()
-        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

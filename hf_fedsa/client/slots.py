@@ -17,16 +17,8 @@ from peft.tuners.vera import Linear as VeraLinear
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .parameters import (
-    Share,
-    adapter_parameters,
-    adapter_tensors,
-    classify,
-    clone_tensors,
-    load_tensors,
-    method_for,
-    refuse_tied,
-)
+from ..tensors import clone_tensors, load_tensors
+from .parameters import Share, adapter_kind, adapter_parameters, adapter_tensors, classify, refuse_tied
 
 # Initialisations that subtract the starting adapter from the base weight. They must run once, for the first slot.
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -76,7 +68,7 @@ class Slots:
         self.model = model
         first = next(iter(model.peft_config))
         self.config = model.peft_config[first]
-        self.method = method_for(self.config)
+        self.method = adapter_kind(self.config)
         self.names: tuple[str, ...] = (first, *(f"slot_{index}" for index in range(1, num_slots)))
         refuse_tied(adapter_tensors(model, first))
         self.parameters: list[dict[str, nn.Parameter]] = [adapter_parameters(model, first)]

@@ -1,0 +1,1 @@
+"""What happens where the rows are. Knows no server and no transport."""

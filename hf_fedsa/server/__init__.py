@@ -1,0 +1,1 @@
+"""What a server needs. No model, and nothing of a client."""

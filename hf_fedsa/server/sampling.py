@@ -1,0 +1,47 @@
+"""Clients to a round."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from ..seeds import derive_seed
+
+# Chooses a round's clients: called with the round's index, the number of rows of every client, and how many to choose
+# (`None` for all), it returns their ids. It must return the same whenever it is asked the same.
+ClientSampler = Callable[[int, Mapping[str, int], int | None], Sequence[str]]
+
+
+def sample_clients(
+    client_ids: Iterable[str],
+    clients_per_round: int | None,
+    seed: int,
+    round_index: int,
+    weights: Mapping[str, float] | None = None,
+) -> list[str]:
+    """
+    Draws a round's clients without replacement, sorted by id.
+
+    Every client draws its own number from (seed, round, client) and the smallest ones are in. So a round can be
+    replayed alone, the order of `client_ids` does not matter, and no client's number depends on who else is there.
+
+    Args:
+        client_ids (`Iterable[str]`):
+            All clients of the federation.
+        clients_per_round (`int`, *optional*):
+            How many to draw. `None` takes all.
+        seed (`int`):
+            The run's seed.
+        round_index (`int`):
+            Round, counted from 0.
+        weights (`Mapping[str, float]`, *optional*):
+            Positive weight of each client. One client after the other is drawn with a probability proportional to its
+            weight among those left: with `u` uniform in (0, 1), the smallest `-log(u) / weight` are in (Efraimidis and
+            Spirakis, 2006, https://doi.org/10.1016/j.ipl.2005.11.003). `None` draws all alike.
+    """
+
+    def rank(client_id: str) -> tuple[float, str]:
+        number = derive_seed(seed, "sample", round_index, client_id)
+        if weights is None:
+            return number, client_id
+        return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
+
+    return sorted(sorted(client_ids, key=rank)[:clients_per_round])
