@@ -84,7 +84,7 @@ def describe_federation(
             Model the adapters belong to.
         adapter_name (`str`):
             Adapter whose config is described.
-        method ([`~hf_fedsa.parameters.AdapterKind`]):
+        method ([`~hf_fedsa.client.parameters.AdapterKind`]):
             Row of the adapter in the table of shared tensors.
         shared (`Mapping[str, torch.Tensor]`):
             The server's tensors.

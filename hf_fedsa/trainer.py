@@ -495,7 +495,7 @@ class FederatedMixin:
         Raises:
             `ValueError`: there is no such client.
             `RuntimeError`: another process trains it in the round that is open.
-            [`~hf_fedsa.state.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
+            [`~hf_fedsa.client.store.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
         """
         self._check_client(client_id)
         self._take_edits()
@@ -2102,7 +2102,7 @@ class FederatedMixin:
                 See [`~transformers.Trainer.train`].
 
         Raises:
-            [`~hf_fedsa.state.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
+            [`~hf_fedsa.checkpoint.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
                 stands where this run cannot go on.
             [`~hf_fedsa.run_lock.RunLockError`]: another run is at work in `output_dir` or `client_store_dir`.
         """

@@ -1158,9 +1158,7 @@ def test_bitsandbytes_packs_for_inference_by_these_names():
     scales = state.absmax.clone()
     packed, state = bitsandbytes.functional._convert_weight_packed_for_cpu(weight.clone(), state)
     assert state.packing_format_for_cpu is True and not torch.equal(packed.flatten(), weight.flatten())
-    assert torch.equal(state.absmax.T.flatten(), scales.bfloat16()), (
-        "hf_fedsa.client.base_layers takes them back from here"
-    )
+    assert torch.equal(state.absmax.T.flatten(), scales.bfloat16()), "base_layers takes them back from here"
     state.original_nested = False
     unpacked, state = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse(packed, state)
     assert torch.equal(unpacked, weight) and state.packing_format_for_cpu is False and state.dtype == torch.float32, (

@@ -432,7 +432,7 @@ import resource, tempfile
 import conftest
 from conftest import make_args, make_lora, make_model, make_rows
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.parameters import count_bytes
+from hf_fedsa.tensors import count_bytes
 tokenizer = conftest.make_tokenizer()
 num_clients = int(sys.argv[2])
 trainer = FederatedTrainer(
