@@ -52,3 +52,52 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# All tensors as one array, in the order of their names: how they travel where one object is wanted and not hundreds.
+
+
+def layout_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and shapes: what must be equal for one flat array to mean the same on both sides."""
+    layout = "\n".join(f"{key}|{tuple(tensors[key].shape)}" for key in sorted(tensors))
+    return hashlib.sha256(layout.encode()).hexdigest()
+
+
+def flatten(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """
+    All tensors as one fp32 array of shape `(numbers,)` on the CPU, which is exact from bf16 and fp16 too.
+
+    Raises:
+        `ValueError`: a tensor has a dtype that fp32 does not hold.
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"`{key}` is {tensor.dtype}, which a flat array of fp32 does not hold exactly.")
+    parts = [tensors[key].detach().to("cpu", torch.float32).flatten() for key in sorted(tensors)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def unflatten(flat: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    The tensors that [`flatten`] made one array of, in the dtypes of `like`.
+
+    Args:
+        flat (`torch.Tensor` of shape `(numbers,)`):
+            The array.
+        like (`Mapping[str, torch.Tensor]`):
+            Tensors of the names, shapes and dtypes that are wanted.
+
+    Raises:
+        `ValueError`: the array has more or fewer numbers than these tensors.
+    """
+    numbers = sum(tensor.numel() for tensor in like.values())
+    if flat.dim() != 1 or flat.numel() != numbers:
+        raise ValueError(
+            f"An array of shape {tuple(flat.shape)} cannot be divided into the {len(like)} tensors that are shared "
+            f"here, which have {numbers} numbers. It is of another base model, adapter or rank."
+        )
+    parts = flat.split([like[key].numel() for key in sorted(like)])
+    return {
+        key: part.view(like[key].shape).to(like[key].dtype, copy=True)
+        for key, part in zip(sorted(like), parts, strict=True)
+    }

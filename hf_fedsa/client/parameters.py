@@ -84,8 +84,8 @@ def adapter_kind(config: PeftConfig) -> AdapterKind:
         )
         raise ValueError(
             f"`peft_config` is a {kind}, and no row of `hf_fedsa.client.parameters.ADAPTERS` says which of its "
-            f"tensors are shared. Covered are: {', '.join(sorted(row.name for row in ADAPTERS))}. Use one of those, or "
-            "add a row."
+            f"tensors are shared. Covered are: {', '.join(sorted(row.name for row in ADAPTERS))}. Use one of those, "
+            "or add a row."
         )
     return row
 
