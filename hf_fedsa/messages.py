@@ -1,6 +1,6 @@
 """What travels between a server and its clients, as values and as bytes.
 
-Bytes are a safetensors file: tensors of any dtype as they are, everything else as JSON in the file's header. Nothing is
+Bytes are a safetensors file: tensors of any dtype as they are, everything else as JSON in its header. Nothing is
 pickled, so reading a message from elsewhere runs no code of theirs.
 """
 
