@@ -15,6 +15,8 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, TrainingArguments
 
+from .client.local_optimizer import SCHEDULES_BY_METRIC
+
 # Arguments that no result depends on, beyond the rounding of floating-point numbers. All others count, those that a
 # later version of TRL adds included: naming a change that is none is a nuisance, missing one is a wrong result.
 _WITHOUT_EFFECT = frozenset(
@@ -45,8 +47,7 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 _PREFIXES_WITHOUT_EFFECT = ("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
-# These schedules follow what evaluations find.
-SCHEDULES_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# Schedules of `SCHEDULES_BY_METRIC` follow what evaluations find.
 _EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "metric_for_best_model", "greater_is_better")
 
 # Entries of an adapter's config that say where it comes from, or nothing about training.

@@ -1,16 +1,200 @@
-"""Batches that hold rows of several clients, and what of them is whose."""
+"""The clients' rows, and batches that hold rows of several clients."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 
-from ..partition import is_transformed
+from ..files import validate_client_ids
+from ..partition import is_transformed, join_clients, rows_by_client
 from .slots import SlotRows
+
+# Id of the one client of a `Dataset` that names none.
+ONLY_CLIENT = "client_0"
+
+
+class ClientRows:
+    """
+    Whose the rows are: from what the user passes, through the Trainer's own preparation, to each client's rows.
+
+    Args:
+        train_dataset (`Dataset` or `dict[str, Dataset]`):
+            Training rows, as the user passed them.
+        column (`str`):
+            Column that names the client of a row.
+        wants_many (`bool`):
+            Whether the arguments leave no doubt that there is more than one client.
+        unseen (`bool`, *optional*, defaults to `False`):
+            Whether there may be evaluation rows of clients that never train.
+
+    Raises:
+        `TypeError`, `ValueError`: the rows do not say which clients there are, or a client has none.
+    """
+
+    def __init__(self, train_dataset: Any, column: str, *, wants_many: bool, unseen: bool = False):
+        self.column, self.wants_many, self.unseen = column, wants_many, unseen
+        # One dataset, which the Trainer prepares as it would any.
+        self.joined = self.as_one_dataset(train_dataset, "train_dataset")
+        self.are_named = column in self.joined.column_names
+        self.client_ids = [ONLY_CLIENT]
+        if self.are_named:
+            self.client_ids = list(rows_by_client(self.joined, column, name="train_dataset"))
+        validate_client_ids(self.client_ids)
+        # Positions of each client's rows, once they are prepared.
+        self.of: dict[str, list[int]] = {}
+        self.prepared: Dataset | None = None
+
+    def as_one_dataset(self, dataset: Any, name: str) -> Dataset:
+        """The rows of all clients as one dataset. With a column that names the client, if they are named."""
+        if isinstance(dataset, Mapping):
+            if not dataset:
+                raise ValueError(f"`{name}` is an empty dictionary. Pass at least one client with its rows.")
+            if set(dataset) <= {"train", "test", "validation"}:
+                raise ValueError(
+                    f"`{name}` has the keys {', '.join(dataset)}, which look like splits of one dataset, not clients. "
+                    "Pass a split, or a dictionary from client id to rows."
+                )
+            validate_client_ids(dataset)
+            return join_clients(dataset, self.column)
+        if isinstance(dataset, IterableDataset):
+            raise TypeError(
+                f"`{name}` is an `IterableDataset`, which has no length, but rounds are planned from the number of "
+                "rows of each client. Pass `Dataset`s; `Dataset.from_generator` makes one."
+            )
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`{name}` must be a `Dataset` or a dictionary of them, got `{type(dataset).__name__}`.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` has no rows.")
+        if self.column not in dataset.column_names:
+            if self.wants_many:
+                raise ValueError(
+                    f"`{name}` has no column `{self.column}` to tell the clients apart, only: "
+                    f"{', '.join(dataset.column_names)}. Set `client_column` to one of those, or pass a dictionary "
+                    "from client id to dataset."
+                )
+            return dataset
+        if getattr(dataset.features[self.column], "dtype", None) not in ("string", "large_string"):
+            raise TypeError(
+                f"Column `{self.column}` of `{name}` must hold client ids as strings, got "
+                f"{dataset.features[self.column]}. Convert it, e.g. with `partition_by_column`."
+            )
+        return dataset
+
+    # Evaluation rows
+
+    def join_eval(self, eval_dataset: Any) -> Any:
+        """Evaluation rows as one dataset that names the clients. As they are, if training rows name none."""
+        if not self.are_named or eval_dataset is None:
+            return eval_dataset
+        if isinstance(eval_dataset, Mapping):
+            # A split in the training set's proportions may leave small clients without evaluation rows.
+            eval_dataset = {c: rows for c, rows in eval_dataset.items() if not isinstance(rows, Dataset) or len(rows)}
+        return self.join_named_eval(eval_dataset)
+
+    def join_named_eval(self, eval_dataset: Any) -> Dataset:
+        """
+        Evaluation rows as one dataset that names the clients.
+
+        Raises:
+            `ValueError`: it is not known whose they are, or a client has no training rows.
+        """
+        joined = self.as_one_dataset(eval_dataset, "eval_dataset")
+        if self.column not in joined.column_names:
+            raise ValueError(
+                f"`eval_dataset` has no column `{self.column}`, so it is not known which client to evaluate on "
+                "which rows. Add the column, or pass a dictionary from client id to dataset."
+            )
+        named = rows_by_client(joined, self.column, name="eval_dataset")
+        unseen = sorted(named.keys() - set(self.client_ids))
+        if unseen and not self.unseen:
+            raise ValueError(
+                f"`eval_dataset` has rows of {unseen[0]!r}{and_more(unseen)}, which has no training rows and so no B "
+                "of its own. Remove them, or set `eval_unseen_clients=True` to evaluate such clients with the shared "
+                "A and an untrained B."
+            )
+        validate_client_ids([*self.client_ids, *unseen])
+        return joined
+
+    def split(self, joined: Dataset) -> dict[str, Dataset]:
+        """Each client's part of evaluation rows that name the clients."""
+        rows = rows_by_client(joined, self.column, name="eval_dataset")
+        without_names = joined.remove_columns(self.column)
+        return {client_id: without_names.select(indices) for client_id, indices in rows.items()}
+
+    # Training rows
+
+    def find(self, prepared: Dataset, *, batches: Callable[[int], int], batch_size: int, max_length: int | None):
+        """
+        Finds each client's rows again in what the Trainer has made of them.
+
+        Args:
+            prepared (`Dataset`):
+                The Trainer's `train_dataset`.
+            batches (`Callable[[int], int]`):
+                Batches in one pass over so many rows.
+            batch_size (`int`), max_length (`int`, *optional*):
+                Named in errors.
+
+        Returns:
+            `Dataset`: the rows without the column that names the client.
+
+        Raises:
+            `ValueError`: a client has no row left, or fewer than a batch where such are dropped.
+        """
+        if not self.are_named:
+            self.of, self.prepared = {ONLY_CLIENT: list(range(len(prepared)))}, prepared
+            return prepared
+        rows = rows_by_client(prepared, self.column, name="train_dataset")
+        for client_id in self.client_ids:
+            if not rows.get(client_id):
+                raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=max_length))
+            if batches(len(rows[client_id])) == 0:
+                raise ValueError(
+                    f"Client {client_id!r} has {len(rows[client_id])} rows, fewer than one batch of "
+                    f"{batch_size}, and `dataloader_drop_last=True` drops them. Lower "
+                    "`per_device_train_batch_size` or set `dataloader_drop_last=False`."
+                )
+        self.of = {client_id: rows[client_id] for client_id in self.client_ids}
+        self.prepared = prepared.remove_columns(self.column)
+        return self.prepared
+
+    def lengths(self, column: str) -> np.ndarray | None:
+        """
+        Length of every training row, in tokens, or `None` where rows have no token ids yet.
+
+        Args:
+            column (`str`):
+                Column that holds lengths, where there is one of integers.
+        """
+        rows = self.prepared.with_format("arrow")
+        if column in rows.column_names:
+            lengths = rows[:][column]
+            if pyarrow.types.is_integer(lengths.type) and not lengths.null_count:
+                return lengths.to_numpy()
+        if "input_ids" not in rows.column_names:
+            return None
+        # A part of the rows at a time: those of a selection are copied.
+        lengths = [pyarrow.compute.list_value_length(part["input_ids"]).to_numpy() for part in rows.iter(10_000)]
+        return np.concatenate(lengths)
+
+
+EMPTY_AFTER_TRUNCATION = (
+    "Client {client_id!r} has no row left to train on: once rows are cut to `max_length={max_length}`, none has a "
+    "token that counts for the loss. Raise `max_length`, check the labels, or leave the client out."
+)
+
+
+def and_more(items: Sequence, shown: int = 1) -> str:
+    return f" and {len(items) - shown} more" if len(items) > shown else ""
+
+
+# Batches
 
 # What a batch may hold beside its rows: it is the same for every client.
 _PLAIN = (type(None), bool, int, float, str, np.generic)

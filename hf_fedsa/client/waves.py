@@ -1,12 +1,14 @@
 """Clients to waves, rows to local steps."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..server.sampling import ClientSampler
+from ..seeds import derive_seed
 
 # One local step of a client: its micro-batches (one per gradient accumulation step), each a list of row numbers.
 LocalStep = list[list[int]]
@@ -170,71 +172,157 @@ class Round:
         return max(wave.num_steps for wave in self.waves)
 
 
-def plan_round(
-    round_index: int,
-    num_rows: Mapping[str, int],
-    work: LocalWork,
-    clients_per_round: int | None,
-    parallel_clients: int,
-    sampler: ClientSampler,
-    num_processes: int = 1,
-    process_index: int = 0,
-    row_lengths: Mapping[str, float] | None = None,
-    trained: Sequence[Wave] = (),
-) -> Round:
+class WavePlanner:
     """
-    Samples a round's clients and groups them into waves of at most `parallel_clients` per process.
-
-    Clients with as many steps as each other train together, and among them those with rows of like length, so that few
-    slots wait for a neighbour. Within a wave, the longest go to the process that has least to do.
+    Groups clients into waves, and lays out their rows. It depends on nothing that was drawn or planned before, so any
+    round can be planned alone, as often as is wanted.
 
     Args:
-        round_index (`int`):
-            Round, counted from 0.
-        num_rows (`Mapping[str, int]`):
-            Rows of every client.
-        work (`LocalWork`):
-            How much a client trains.
-        clients_per_round (`int`, *optional*):
-            Clients to sample. `None` means all.
+        rows_of (`Mapping[str, Sequence[int]]`):
+            Every client's rows, as positions in the dataset that all have in common.
+        work ([`LocalWork`]):
+            How much a client trains in a round.
         parallel_clients (`int`):
             Clients that train side by side in a process.
-        sampler (`ClientSampler`):
-            Chooses the clients.
+        seed (`int`):
+            Seed of the random orders.
+        order (`str`, *optional*, defaults to `"random"`):
+            Order of a client's rows: `"random"`, `"sequential"` or `"group_by_length"`.
+        lengths (`np.ndarray` of shape `(rows,)`, *optional*):
+            Length of every row, in tokens. `None` takes all to be alike.
+        as_alone (`bool`, *optional*, defaults to `False`):
+            Whether the client is the only one of its federation, whose random orders are then those of its Trainer.
         num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
-            Processes that share the work, and the one whose waves are returned. All have the same number of waves and
-            of steps, some of which a process may have nothing to do in.
-        row_lengths (`Mapping[str, float]`, *optional*):
-            Mean length of each client's rows, in tokens. `None` takes all to be alike.
-        trained (`Sequence[Wave]`, *optional*, defaults to `()`):
-            The round's first waves, where they have trained before the run was interrupted, or are about to go on.
-            The other clients are grouped anew.
-
-    Raises:
-        `ValueError`: `sampler` returned no client, one twice, or one that does not exist.
+            Processes that share the work, and the one whose waves are planned. All have as many waves and steps as each
+            other, some of which a process may have nothing to do in.
     """
-    chosen = sampler(round_index, dict(num_rows), clients_per_round)
-    if chosen is None or isinstance(chosen, str):
-        raise TypeError(f"`client_sampler` returned {chosen!r} for round {round_index}, not a list of client ids.")
-    client_ids = sorted(chosen)
-    unknown = [client_id for client_id in client_ids if client_id not in num_rows]
-    if not client_ids or unknown or len(set(client_ids)) < len(client_ids):
-        problem = f"{unknown[0]!r}, which is no client" if unknown else "a client twice" if client_ids else "no client"
-        raise ValueError(
-            f"`client_sampler` returned {problem} for round {round_index}: {client_ids}. It must return at least one "
-            "of the ids it is given, and each once."
-        )
-    steps = {client_id: work.num_steps(num_rows[client_id]) for client_id in client_ids}
-    lengths = row_lengths or dict.fromkeys(client_ids, 1.0)
-    left = set(client_ids).difference(*(wave.client_ids for wave in trained))
-    by_length = sorted(left, key=lambda client_id: (-steps[client_id], -lengths[client_id], client_id))
-    size = parallel_clients * num_processes
-    waves = list(trained)
-    for group in (by_length[i : i + size] for i in range(0, len(by_length), size)):
-        shares = _deal(group, {c: steps[c] * lengths[c] for c in group}, num_processes, parallel_clients)
-        wave_steps = tuple(steps[client_id] for client_id in group)
-        waves.append(Wave(tuple(shares[process_index]), max(wave_steps), steps_of_all=wave_steps))
-    return Round(round_index=round_index, client_ids=tuple(client_ids), waves=tuple(waves))
+
+    def __init__(
+        self,
+        rows_of: Mapping[str, Sequence[int]],
+        work: LocalWork,
+        *,
+        parallel_clients: int,
+        seed: int,
+        order: str = "random",
+        lengths: np.ndarray | None = None,
+        as_alone: bool = False,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.rows_of, self.work = rows_of, work
+        self.parallel_clients, self.seed, self.order, self.lengths = parallel_clients, seed, order, lengths
+        self.as_alone = as_alone
+        self.num_processes, self.process_index = num_processes, process_index
+        self._mean_length = {c: 1.0 if lengths is None else float(lengths[rows].mean()) for c, rows in rows_of.items()}
+
+    def num_steps(self, client_id: str) -> int:
+        """Local steps that a client takes in a round."""
+        return self.work.num_steps(len(self.rows_of[client_id]))
+
+    def num_examples(self, client_id: str, round_index: int, num_steps: int) -> int:
+        """Different rows among those of a client's first local steps of a round."""
+        rows = len(self.rows_of[client_id])
+        return self.work.num_examples(rows, self._order_of(client_id, round_index), num_steps)
+
+    def plan(self, round_index: int, client_ids: Sequence[str], trained: Sequence[Wave] = ()) -> Round:
+        """
+        Groups a round's clients into waves of at most `parallel_clients` per process.
+
+        Clients with as many steps as each other train together, and among them those with rows of like length, so that
+        few slots wait for a neighbour. Within a wave, the longest go to the process that has least to do.
+
+        Args:
+            round_index (`int`):
+                Round, counted from 0.
+            client_ids (`Sequence[str]`):
+                Its clients, or those of them that live here.
+            trained (`Sequence[Wave]`, *optional*, defaults to `()`):
+                The round's first waves, where they have trained before the run was interrupted, or are about to go on.
+                The other clients are grouped anew.
+        """
+        client_ids = sorted(client_ids)
+        steps = {client_id: self.num_steps(client_id) for client_id in client_ids}
+        lengths = self._mean_length
+        left = set(client_ids).difference(*(wave.client_ids for wave in trained))
+        by_length = sorted(left, key=lambda client_id: (-steps[client_id], -lengths[client_id], client_id))
+        size = self.parallel_clients * self.num_processes
+        waves = list(trained)
+        for group in (by_length[i : i + size] for i in range(0, len(by_length), size)):
+            work = {client_id: steps[client_id] * lengths[client_id] for client_id in group}
+            shares = _deal(group, work, self.num_processes, self.parallel_clients)
+            wave_steps = tuple(steps[client_id] for client_id in group)
+            waves.append(Wave(tuple(shares[self.process_index]), max(wave_steps), steps_of_all=wave_steps))
+        return Round(round_index=round_index, client_ids=tuple(client_ids), waves=tuple(waves))
+
+    def micro_batches(self, round_: Round) -> Iterator[list[tuple[int, int]]]:
+        """
+        A round's micro-batches as `(slot, row)` pairs. Every step has as many as there are accumulation steps: where
+        all clients have run out, the last ones are empty.
+        """
+        for wave in round_.waves:
+            steps = [
+                self.work.steps(len(self.rows_of[client_id]), self._order_of(client_id, round_.round_index))
+                for client_id in wave.client_ids
+            ]
+            for step in range(wave.num_steps):
+                for i in range(self.work.accumulation_steps):
+                    yield [
+                        (slot, self.rows_of[client_id][row])
+                        for slot, client_id in enumerate(wave.client_ids)
+                        if step < len(steps[slot]) and i < len(steps[slot][step])
+                        for row in steps[slot][step][i]
+                    ]
+
+    def _order_of(self, client_id: str, round_index: int) -> Callable[[int], list[int]]:
+        """Order of a client's rows in each pass of a round, from (seed, round, client) alone."""
+        rows, work = self.rows_of[client_id], self.work
+        lengths = self.lengths[rows] if self.lengths is not None else None
+
+        def order(pass_index: int) -> list[int]:
+            if self.order == "sequential":
+                return list(range(len(rows)))
+            if self.as_alone:
+                # Accelerate shuffles epoch e with the generator seeded `seed + e`; a lone client sees the same rows.
+                seed = self.seed + round_index * work.num_passes(len(rows)) + pass_index
+            else:
+                seed = derive_seed(self.seed, "rows", round_index, client_id, pass_index)
+            generator = torch.Generator().manual_seed(seed)
+            if self.order == "group_by_length":
+                batch = work.batch_size * work.accumulation_steps
+                return list(LengthGroupedSampler(batch, lengths=lengths.tolist(), generator=generator))
+            shuffled = torch.randperm(len(rows), generator=generator).tolist()
+            if self.as_alone or lengths is None:
+                return shuffled
+            seed, places = derive_seed(self.seed, "lengths", round_index), work.rows_per_pass(len(rows))
+            return match_lengths(shuffled, lengths, seed=seed, start=pass_index * places, places=places)
+
+        return order
+
+
+class WholePasses:
+    """
+    Plans for a client that its Trainer trains by itself: a round is a pass, whose length the Trainer's loader alone
+    knows.
+
+    Args:
+        client_id (`str`):
+            The client.
+        num_rows (`int`):
+            Its rows.
+    """
+
+    def __init__(self, client_id: str, num_rows: int):
+        self.client_id, self.num_rows = client_id, num_rows
+
+    def num_steps(self, client_id: str) -> int:
+        return 0
+
+    def num_examples(self, client_id: str, round_index: int, num_steps: int) -> int:
+        return self.num_rows
+
+    def plan(self, round_index: int, client_ids: Sequence[str], trained: Sequence[Wave] = ()) -> Round:
+        return Round(round_index, (self.client_id,), (Wave((self.client_id,), num_steps=0),))
 
 
 def _deal(
