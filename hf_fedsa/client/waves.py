@@ -193,8 +193,8 @@ class WavePlanner:
         as_alone (`bool`, *optional*, defaults to `False`):
             Whether the client is the only one of its federation, whose random orders are then those of its Trainer.
         num_processes (`int`, *optional*, defaults to `1`), process_index (`int`, *optional*, defaults to `0`):
-            Processes that share the work, and the one whose waves are planned. All have as many waves and steps as each
-            other, some of which a process may have nothing to do in.
+            Processes that share the work, and the one whose waves are planned. All have the same waves and steps,
+            some of which a process may have nothing to do in.
     """
 
     def __init__(
