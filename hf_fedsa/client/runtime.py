@@ -1,0 +1,484 @@
+"""What clients do in a round: any set of them, as many side by side as there are slots."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.amp import GradScaler
+
+from ..faults import judge
+from ..messages import Broadcast, Tensors, Update
+from ..seeds import derive_seed
+from ..tensors import clone_tensors
+from .local_optimizer import LocalOptimizer
+from .slots import Slots
+from .step import Step
+from .store import BEFORE, ClientStores
+from .waves import Round, Wave, WavePlanner, WholePasses
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """
+    What clients are told once.
+
+    Args:
+        seed (`int`):
+            The run's seed.
+        weighting (`str`, *optional*, defaults to `"examples"`):
+            A client's weight in the average: `"examples"`, the different rows it trained on, or `"uniform"`, 1.
+        max_update_norm (`float`, *optional*):
+            Largest change of A, as a multiple of the norm of the A that was sent. `None` leaves it to the server.
+        sends_shared (`bool`, *optional*, defaults to `True`):
+            Whether A trains and is returned.
+    """
+
+    seed: int
+    weighting: str = "examples"
+    max_update_norm: float | None = None
+    sends_shared: bool = True
+
+
+@dataclass
+class ClientState:
+    """
+    Where the clients of one place stand. A JSON value.
+
+    Args:
+        round_index (`int`, *optional*, defaults to `0`):
+            The round that is open or was last.
+        round_open (`bool`, *optional*, defaults to `False`):
+            Whether a client of it has begun to train and the round is not closed.
+        waves_done (`int`, *optional*, defaults to `0`):
+            Waves of the open round whose clients are back in the store.
+        wave_open (`bool`, *optional*, defaults to `False`):
+            Whether clients are in the slots.
+        wave_steps (`int`, *optional*, defaults to `0`):
+            Steps taken in the open wave.
+        losses (`dict[str, list[float]]`, *optional*):
+            Per client in the slots, sum of the losses of its local steps, and their number.
+        left_out (`dict[str, str]`, *optional*):
+            Clients of the open round whose update is known not to count, and why.
+        returned (`list[str]`, *optional*):
+            Clients of the open round whose B of this round is in the store.
+        counted (`dict[str, int]`, *optional*):
+            Per client that has trained, the round whose B it has: the last that counted for it.
+        with_optimizer (`list[str]`, *optional*):
+            Those of them whose optimizer state is in the store.
+    """
+
+    round_index: int = 0
+    round_open: bool = False
+    waves_done: int = 0
+    wave_open: bool = False
+    wave_steps: int = 0
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    returned: list[str] = field(default_factory=list)
+    counted: dict[str, int] = field(default_factory=dict)
+    with_optimizer: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def before_wave(self, client_ids: Sequence[str]) -> "ClientState":
+        """The state before the clients of the open wave took their first step."""
+        left_out = {client_id: fault for client_id, fault in self.left_out.items() if client_id not in client_ids}
+        return dataclasses.replace(self, wave_open=False, wave_steps=0, losses={}, left_out=left_out)
+
+
+class ClientRuntime:
+    """
+    The clients of one place in a round. It knows no server: a [`Broadcast`] comes in, [`Update`]s go out.
+
+    Args:
+        slots ([`Slots`]):
+            Where clients train.
+        stores ([`ClientStores`]):
+            Where they wait.
+        optimizer ([`LocalOptimizer`]):
+            Their optimizer and schedule.
+        planner ([`WavePlanner`] or [`WholePasses`]):
+            Their waves and rows.
+        settings ([`ClientSettings`]):
+            What they are told once.
+        initial_local (`dict[str, torch.Tensor]`):
+            Where a client starts that has never trained.
+        where_else (`Callable[[], str]`):
+            Says where a copy is of what a store has lost.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        stores: ClientStores,
+        optimizer: LocalOptimizer,
+        planner: WavePlanner | WholePasses,
+        settings: ClientSettings,
+        initial_local: Tensors,
+        where_else: Callable[[str, str], str],
+    ):
+        self.slots, self.stores, self.optimizer = slots, stores, optimizer
+        self.planner, self.settings = planner, settings
+        self.initial_local = initial_local
+        self.where_else = where_else
+        self.state = ClientState()
+        self.broadcast: Broadcast | None = None
+        self.round: Round | None = None
+        # First waves of the open round, of a run that goes on in the middle of it.
+        self.trained: tuple[Wave, ...] = ()
+        self.slot_of: dict[str, int] = {}
+        # The adapter of slot 0, while another client's is there to be looked at.
+        self._displaced: Tensors | None = None
+        self._losses: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._scale_before_wave: dict[str, Any] = {}
+
+    # A round
+
+    def open(self, broadcast: Broadcast, client_ids: Sequence[str]) -> None:
+        """
+        Plans a round. If it is open already, of a run that was resumed, it goes on. Nobody is loaded yet.
+
+        Args:
+            broadcast ([`Broadcast`]):
+                What the server has sent.
+            client_ids (`Sequence[str]`):
+                Those of the round's clients that are trained here, by this process or another of the same run.
+        """
+        state = self.state
+        self.broadcast = broadcast
+        if not state.round_open:
+            self.state = state = ClientState(
+                round_index=broadcast.round_index, counted=state.counted, with_optimizer=state.with_optimizer
+            )
+            self._losses, self._counts = {}, {}
+            self.trained = ()
+            self._settle_before(client_ids)
+        self.round = self.planner.plan(broadcast.round_index, client_ids, self.trained)
+
+    def _settle_before(self, client_ids: Sequence[str]) -> None:
+        """Puts back the B, and optimizer state, of clients for which a later round did not count after all."""
+        for client_id in client_ids:
+            last = self.broadcast.last_counted.get(client_id)
+            if self.state.counted.get(client_id) in (last, BEFORE if last is None else last):
+                continue
+            stored = self.stores.clients.rounds(client_id)
+            if last is None and BEFORE not in stored:
+                self.state.counted.pop(client_id, None)
+                self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
+                continue
+            self.state.counted[client_id] = BEFORE if last is None else last
+            kept = self.stores.optimizers.rounds(client_id)
+            if self.state.counted[client_id] not in kept:
+                self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
+
+    def batches(self) -> Iterator[list[tuple[int, int]]]:
+        """The open round's micro-batches as `(slot, row)` pairs."""
+        return self.planner.micro_batches(self.round)
+
+    @property
+    def wave(self) -> Wave:
+        """The wave that trains or comes next."""
+        return self.round.waves[self.state.waves_done]
+
+    @property
+    def has_waves_left(self) -> bool:
+        return self.state.waves_done < len(self.round.waves)
+
+    @property
+    def step_seed(self) -> int:
+        """From (seed, round, clients, step) alone, so that a step can be replayed whatever was drawn before it."""
+        state = self.state
+        return derive_seed(self.settings.seed, "step", state.round_index, *self.wave.client_ids, state.wave_steps)
+
+    def clients_in_step(self) -> int:
+        """Clients that train in the present step, over all processes."""
+        return sum(steps > self.state.wave_steps for steps in self.wave.steps_of_all)
+
+    def begin_step(self, scaler: GradScaler | None = None) -> None:
+        """Loads the next wave's clients if none are in the slots: A as it was sent, B as it was stored."""
+        if not self.state.wave_open:
+            self._open_wave(scaler)
+        self.optimizer.begin_step(list(self.slot_of.values()))
+
+    def _open_wave(self, scaler: GradScaler | None) -> None:
+        state, wave = self.state, self.wave
+        if not state.round_open:
+            state.round_open = True
+            self.optimizer.begin_round()
+        else:
+            self.optimizer.rewind()
+        for slot, client_id in enumerate(wave.client_ids):
+            self.slots.load(slot, self.broadcast.shared, self.local_of(client_id))
+        self.slot_of = {client_id: slot for slot, client_id in enumerate(wave.client_ids)}
+        self.optimizer.begin_wave(
+            {
+                slot: self._stored("optimizers", client_id, state.counted[client_id])
+                for slot, client_id in enumerate(wave.client_ids)
+                if self.optimizer.keeps and client_id in state.with_optimizer
+            }
+        )
+        self._scale_before_wave = scaler.state_dict() if scaler is not None else {}
+        state.wave_open, state.wave_steps = True, 0
+
+    def end_step(self, step: Step, trainer: str = "Trainer", scaler: GradScaler | None = None) -> list[Update]:
+        """
+        Counts a step, and takes the clients out of the slots after the last one of a wave.
+
+        Returns:
+            `list[Update]`: the updates of the wave's clients, if it has ended.
+
+        Raises:
+            `RuntimeError`: a client of the step has no loss.
+        """
+        state = self.state
+        self._note_unreadable(step)
+        state.wave_steps += 1
+        self.optimizer.keep_counts(list(self.slot_of.values()), list(step.batches))
+        for slot, loss in step.losses:
+            client_id = self.client_in(slot)
+            self._losses[client_id] = self._losses.get(client_id, 0.0) + loss
+        for slot in step.batches:
+            client_id = self.client_in(slot)
+            if client_id not in self._losses and client_id not in state.left_out:
+                raise RuntimeError(
+                    f"The step of client {client_id!r} has no loss: the `training_step` of `{trainer}` "
+                    "did not call the one it overrides, which divides the work by client. Call "
+                    "`super().training_step`, or put your computation into `compute_loss`."
+                )
+            self._counts[client_id] = self._counts.get(client_id, 0) + 1
+        # A pass ends where the Trainer's loader does.
+        if state.wave_steps == self.wave.num_steps:
+            return self._close_wave(scaler)
+        return []
+
+    def _note_unreadable(self, step: Step) -> None:
+        for slot, (kind, text) in step.unreadable.items():
+            client_id = self.wave.client_ids[slot]
+            if client_id not in self.state.left_out:
+                # The text may quote rows and paths, and why a client was left out is published.
+                logger.warning("Rows of client %s cannot be read: %s: %s", client_id, kind, text)
+                self.state.left_out[client_id] = f"its rows cannot be read ({kind})"
+
+    def client_in(self, slot: int) -> str:
+        return next(client_id for client_id, other in self.slot_of.items() if other == slot)
+
+    def close(self, scaler: GradScaler | None = None) -> list[Update]:
+        """The updates of a wave that is cut short, or whose end the Trainer's loader knows alone."""
+        return self._close_wave(scaler) if self.state.wave_open else []
+
+    def _close_wave(self, scaler: GradScaler | None) -> list[Update]:
+        state, wave = self.state, self.wave
+        self.optimizer.end_wave()
+        updates = []
+        for slot, client_id in enumerate(wave.client_ids):
+            if not self._counts.get(client_id) and client_id not in state.left_out:
+                continue  # The run was stopped before its first step ended, so it is as it was.
+            updates.append(self._update_of(client_id, slot))
+        if self._scale_before_wave and any(update.fault for update in updates):
+            # A client that is not finite has made the scale ever smaller, and the next ones would start from there.
+            scaler.load_state_dict(self._scale_before_wave)
+        self.slot_of = {}
+        self._losses, self._counts = {}, {}
+        state.wave_open, state.waves_done = False, state.waves_done + 1
+        return updates
+
+    def _update_of(self, client_id: str, slot: int) -> Update:
+        """What a client returns. Unless there is a fault, its B of this round is then in the store."""
+        state, steps = self.state, self._counts.get(client_id, 0)
+        returned, local = self.slots.take(slot, "shared"), self.slots.take(slot, "local")
+        fault = state.left_out.get(client_id)
+        if fault is None:
+            limit, total = self.settings.max_update_norm, float(self._losses[client_id])
+            fault = judge(returned, self.broadcast.shared, total, limit, local=local)
+        if fault is not None:
+            state.left_out[client_id] = fault
+            return Update(client_id, state.round_index, {}, weight=0.0, num_steps=steps, fault=fault)
+        self.stores.clients.put(client_id, state.round_index, local)
+        if self.optimizer.keeps:
+            self.stores.optimizers.put(client_id, state.round_index, self.optimizer.take(slot))
+        state.returned = sorted({*state.returned, client_id})
+        return Update(
+            client_id,
+            state.round_index,
+            returned if self.settings.sends_shared else {},
+            weight=self._weight(client_id, steps),
+            num_steps=steps,
+            metrics={"loss": float(self._losses[client_id]) / steps},
+        )
+
+    def _weight(self, client_id: str, steps: int) -> float:
+        if self.settings.weighting == "uniform":
+            return 1.0
+        return float(self.planner.num_examples(client_id, self.state.round_index, steps))
+
+    def end_round(self, counted: Sequence[str] | None) -> None:
+        """
+        Closes the round. Clients that it counts for have their new B, the others the one from before.
+
+        Args:
+            counted (`Sequence[str]`, *optional*):
+                Clients, of all processes, that it counts for. `None` if that is not known here: those that have
+                returned an update are taken to be, until the next [`Broadcast`] says otherwise.
+        """
+        state, known = self.state, counted is not None
+        for client_id in counted if known else state.returned:
+            state.counted[client_id] = state.round_index
+            if self.optimizer.keeps:
+                state.with_optimizer = sorted({*state.with_optimizer, client_id})
+        self.optimizer.advance(self.round.local_steps - state.wave_steps)
+        if known:
+            for client_id in {c for wave in self.round.waves for c in wave.client_ids}:
+                for store in (self.stores.clients, self.stores.optimizers):
+                    store.keep(client_id, state.counted.get(client_id))
+        self._reset(round_index=state.round_index + 1)
+
+    def reopen(self) -> None:
+        """Forgets a round in which nobody has taken a step."""
+        self._reset(round_index=self.state.round_index)
+
+    def _reset(self, round_index: int) -> None:
+        state = self.state
+        self.state = ClientState(round_index=round_index, counted=state.counted, with_optimizer=state.with_optimizer)
+        self._losses, self._counts, self.slot_of, self.trained = {}, {}, {}, ()
+
+    def begin_run(self) -> None:
+        """Begins a run with what an earlier one has left: the B that each client has is the one from before."""
+        self.stores.begin_run(self.state.counted)
+        self.state = ClientState(
+            counted=dict.fromkeys(self.state.counted, BEFORE), with_optimizer=self.state.with_optimizer
+        )
+        self._losses, self._counts, self.slot_of, self.trained = {}, {}, {}, ()
+
+    # What clients have
+
+    def has_trained(self, client_id: str) -> bool:
+        """Whether a client's tensors must be in the store."""
+        return client_id in self.state.counted or client_id in self.state.returned
+
+    def trains_elsewhere(self, client_id: str) -> bool:
+        """Whether another process trains the client in the open round, and alone knows what it holds."""
+        if not self.state.round_open or client_id not in self.round.client_ids:
+            return False
+        return not any(client_id in wave.client_ids for wave in self.round.waves)
+
+    def local_of(self, client_id: str) -> Tensors:
+        """
+        What a client keeps, as it is now, also while it trains.
+
+        Raises:
+            `RuntimeError`: another process trains it.
+            [`~hf_fedsa.client.store.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
+        """
+        if client_id in self.slot_of:
+            training = self._training(client_id)
+            return {key: tensor for key, tensor in training.items() if self.slots.share_of[key] == "local"}
+        state = self.state
+        if client_id in state.returned:
+            return self._stored("clients", client_id, state.round_index)
+        if self.trains_elsewhere(client_id):
+            raise RuntimeError(
+                f"Client {client_id!r} trains in another process in the round that is open, so what it holds now is "
+                "not known here. Ask in `on_round_end` or after training. (`evaluate` can be called at any time, by "
+                "all processes together.)"
+            )
+        # Not what the store has: that may be of another run until this one has begun, and what is lost must be missed.
+        if client_id in state.counted:
+            return self._stored("clients", client_id, state.counted[client_id])
+        return self.initial_local
+
+    def adapter_of(self, client_id: str, sent: Tensors) -> Tensors:
+        """
+        The complete adapter a client serves with now, in the dtype of the slots.
+
+        Args:
+            client_id (`str`):
+                The client.
+            sent (`dict[str, torch.Tensor]`):
+                A as the server sends it, for a client that does not train at the moment.
+        """
+        if client_id in self.slot_of:
+            return self._training(client_id)
+        return {**sent, **self.local_of(client_id)}
+
+    def _training(self, client_id: str) -> Tensors:
+        """The adapter of a client that is training, also while another one is in its slot to be looked at."""
+        slot = self.slot_of[client_id]
+        return clone_tensors(self._displaced) if slot == 0 and self._displaced is not None else self.slots.take(slot)
+
+    def _stored(self, store: str, client_id: str, round_index: int) -> Tensors:
+        return self.stores.get(store, client_id, round_index, lambda: self.where_else(store, client_id))
+
+    # The model as it is looked at
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nobody trains, and nobody is looked at."""
+        return not self.slot_of and self._displaced is None
+
+    @contextlib.contextmanager
+    def weights_to_be_used(self) -> Iterator[None]:
+        """Within this context the slots hold the weights that clients serve with."""
+        training = list(self.slot_of.values()) if self._displaced is None else []
+        with self.optimizer.weights_to_be_used(training):
+            yield
+
+    @contextlib.contextmanager
+    def showing(self, tensors: Tensors) -> Iterator[None]:
+        """Within this context the model has this adapter. Whoever trained in its slot goes on afterwards."""
+        before, outer = self.slots.take(0), self._displaced
+        self._displaced = outer if outer is not None else before
+        try:
+            self.slots.load(0, tensors)
+            with self.slots.whole_batches(0):
+                yield
+        finally:
+            self.slots.load(0, before)
+            self._displaced = outer
+
+    def rest(self, client_id: str, sent: Tensors) -> None:
+        """Puts a client's adapter into the model, for users to read and to write."""
+        self.slots.load(0, self.adapter_of(client_id, sent))
+        for slot in range(1, len(self.slots)):
+            # Whatever is made of the model's state dict, it does not hold the B of the clients that came last.
+            self.slots.load(slot, sent, self.initial_local)
+
+    def edits(self, client_id: str, sent: Tensors) -> Mapping[str, torch.Tensor]:
+        """What has been written into the model since it was put there by [`rest`]."""
+        placed = self.adapter_of(client_id, sent)
+        return {key: t for key, t in self.slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
+
+    # Saving
+
+    def snapshot(self) -> dict[str, Any]:
+        """The state as JSON, with the losses of the clients in training."""
+        losses = {client_id: [float(loss), self._counts.get(client_id, 0)] for client_id, loss in self._losses.items()}
+        return {**self.state.to_dict(), "losses": losses}
+
+    def resume(self, state: ClientState, waves: Sequence[Wave], slots: Mapping[int, Tensors]) -> None:
+        """
+        Goes on from a saved state.
+
+        Args:
+            state ([`ClientState`]):
+                The state.
+            waves (`Sequence[Wave]`):
+                Waves of the open round that have trained, and the one that goes on in the middle.
+            slots (`Mapping[int, dict[str, torch.Tensor]]`):
+                What was in the slots, if a wave goes on.
+        """
+        self.state, self.trained = state, tuple(waves)
+        self._losses = {client_id: torch.tensor(loss) for client_id, (loss, _) in state.losses.items()}
+        self._counts = {client_id: count for client_id, (_, count) in state.losses.items()}
+        self.slot_of = {}
+        if state.wave_open:
+            for slot, client_id in enumerate(waves[state.waves_done].client_ids):
+                self.slots.load(slot, slots[slot])
+                self.slot_of[client_id] = slot
