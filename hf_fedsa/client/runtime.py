@@ -1,10 +1,8 @@
 """What clients do in a round: any set of them, as many side by side as there are slots."""
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,81 +14,12 @@ from ..seeds import derive_seed
 from ..tensors import clone_tensors
 from .local_optimizer import LocalOptimizer
 from .slots import Slots
+from .state import ClientSettings, ClientState
 from .step import Step
 from .store import BEFORE, ClientStores
 from .waves import Round, Wave, WavePlanner, WholePasses
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClientSettings:
-    """
-    What clients are told once.
-
-    Args:
-        seed (`int`):
-            The run's seed.
-        weighting (`str`, *optional*, defaults to `"examples"`):
-            A client's weight in the average: `"examples"`, the different rows it trained on, or `"uniform"`, 1.
-        max_update_norm (`float`, *optional*):
-            Largest change of A, as a multiple of the norm of the A that was sent. `None` leaves it to the server.
-        sends_shared (`bool`, *optional*, defaults to `True`):
-            Whether A trains and is returned.
-    """
-
-    seed: int
-    weighting: str = "examples"
-    max_update_norm: float | None = None
-    sends_shared: bool = True
-
-
-@dataclass
-class ClientState:
-    """
-    Where the clients of one place stand. A JSON value.
-
-    Args:
-        round_index (`int`, *optional*, defaults to `0`):
-            The round that is open or was last.
-        round_open (`bool`, *optional*, defaults to `False`):
-            Whether a client of it has begun to train and the round is not closed.
-        waves_done (`int`, *optional*, defaults to `0`):
-            Waves of the open round whose clients are back in the store.
-        wave_open (`bool`, *optional*, defaults to `False`):
-            Whether clients are in the slots.
-        wave_steps (`int`, *optional*, defaults to `0`):
-            Steps taken in the open wave.
-        losses (`dict[str, list[float]]`, *optional*):
-            Per client in the slots, sum of the losses of its local steps, and their number.
-        left_out (`dict[str, str]`, *optional*):
-            Clients of the open round whose update is known not to count, and why.
-        returned (`list[str]`, *optional*):
-            Clients of the open round whose B of this round is in the store.
-        counted (`dict[str, int]`, *optional*):
-            Per client that has trained, the round whose B it has: the last that counted for it.
-        with_optimizer (`list[str]`, *optional*):
-            Those of them whose optimizer state is in the store.
-    """
-
-    round_index: int = 0
-    round_open: bool = False
-    waves_done: int = 0
-    wave_open: bool = False
-    wave_steps: int = 0
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    returned: list[str] = field(default_factory=list)
-    counted: dict[str, int] = field(default_factory=dict)
-    with_optimizer: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def before_wave(self, client_ids: Sequence[str]) -> "ClientState":
-        """The state before the clients of the open wave took their first step."""
-        left_out = {client_id: fault for client_id, fault in self.left_out.items() if client_id not in client_ids}
-        return dataclasses.replace(self, wave_open=False, wave_steps=0, losses={}, left_out=left_out)
 
 
 class ClientRuntime:
@@ -175,9 +104,9 @@ class ClientRuntime:
                 self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
                 continue
             self.state.counted[client_id] = BEFORE if last is None else last
-            kept = self.stores.optimizers.rounds(client_id)
-            if self.state.counted[client_id] not in kept:
-                self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
+            others = [c for c in self.state.with_optimizer if c != client_id]
+            kept = self.state.counted[client_id] in self.stores.optimizers.rounds(client_id)
+            self.state.with_optimizer = sorted([*others, client_id]) if kept else others
 
     def batches(self) -> Iterator[list[tuple[int, int]]]:
         """The open round's micro-batches as `(slot, row)` pairs."""
@@ -351,10 +280,9 @@ class ClientRuntime:
 
     def begin_run(self) -> None:
         """Begins a run with what an earlier one has left: the B that each client has is the one from before."""
-        self.stores.begin_run(self.state.counted)
-        self.state = ClientState(
-            counted=dict.fromkeys(self.state.counted, BEFORE), with_optimizer=self.state.with_optimizer
-        )
+        counted, with_optimizer = self.state.counted, self.state.with_optimizer
+        self.stores.begin_run(counted, {client_id: counted[client_id] for client_id in with_optimizer})
+        self.state = ClientState(counted=dict.fromkeys(counted, BEFORE), with_optimizer=with_optimizer)
         self._losses, self._counts, self.slot_of, self.trained = {}, {}, {}, ()
 
     # What clients have

@@ -1,0 +1,133 @@
+"""Where the server is: in this process, or in all processes of a run alike."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from .messages import Broadcast, ClientInfo, Tensors, Update
+from .server import Server
+
+
+class Host(Protocol):
+    """What a transport may ask of the trainer that pulls its rounds from it."""
+
+    def client_infos(self) -> list[ClientInfo]:
+        """Every client that lives here."""
+
+    def shared_like(self) -> Tensors:
+        """Tensors of the names, shapes and dtypes of what is shared, as clients train it."""
+
+    def evaluate(self, client_id: str, shared: Tensors) -> dict[str, float]:
+        """Metrics of one client on its own rows, with a given A and its own B. Between rounds alone."""
+
+
+class Transport(Protocol):
+    """
+    Brings rounds to the clients that live here, and their updates to the server.
+
+    One `Trainer.train()` is the whole participation, wherever the rounds come from.
+    """
+
+    def connect(self, host: Host) -> None:
+        """Makes ready for a run."""
+
+    def expected_rounds(self) -> list[tuple[str, ...]] | None:
+        """Clients of the rounds to come. `None` if they are not known here."""
+
+    def schedule(self) -> tuple[int, int | None]:
+        """Local steps that the learning rate schedule has behind it, and its length if it has one."""
+
+    def open_round(self) -> tuple[tuple[str, ...], Broadcast] | None:
+        """The round's clients that live here, and what they are sent. It may wait. `None` ends the run."""
+
+    def send(self, update: Update) -> None:
+        """Takes an update to the server."""
+
+    def close_round(self, seconds: float, step: int) -> dict[str, Any] | None:
+        """The round's record, where it is known. `None` if it is not, or if nobody has taken a step."""
+
+    def close(self) -> None:
+        """Ends the run, whether or not it has succeeded."""
+
+
+class InProcess:
+    """
+    The server is an object in this process.
+
+    Args:
+        server ([`Server`]):
+            The server.
+    """
+
+    def __init__(self, server: Server):
+        self.server = server
+
+    def connect(self, host: Host) -> None:
+        pass
+
+    def expected_rounds(self) -> list[tuple[str, ...]]:
+        return self.server.planned_rounds()
+
+    def schedule(self) -> tuple[int, int | None]:
+        return self.server.state.schedule_start, self.server.schedule_steps()
+
+    def open_round(self) -> tuple[tuple[str, ...], Broadcast]:
+        return self.server.begin_round()
+
+    def send(self, update: Update) -> None:
+        self.server.receive(update)
+
+    def close_round(self, seconds: float, step: int) -> dict[str, Any] | None:
+        """
+        Closes the round.
+
+        Raises:
+            `RuntimeError`: all of its clients were left out, so that a simulation has gone wrong. It stays open.
+        """
+        if problem := self.server.all_left_out():
+            raise RuntimeError(problem)
+        return self.server.end_round(seconds, step)
+
+    def close(self) -> None:
+        pass
+
+
+class AcrossProcesses(InProcess):
+    """
+    Every process of a run has a replica of the server, which receives the updates of its own clients. At a round's end
+    the sums of A are all-reduced, and the small facts are gathered.
+
+    Args:
+        server ([`Server`]):
+            This process's replica.
+        accelerator ([`~accelerate.Accelerator`]):
+            Connects the processes.
+    """
+
+    def __init__(self, server: Server, accelerator: Accelerator):
+        super().__init__(server)
+        self.accelerator = accelerator
+
+    def close_round(self, seconds: float, step: int) -> dict[str, Any] | None:
+        self.server.reduce(self._sum, gather_object)
+        return super().close_round(seconds, step)
+
+    def _sum(self, flat):
+        return self.accelerator.reduce(flat.to(self.accelerator.device), reduction="sum").cpu()
+
+    def check_same_plan(self, rounds: Sequence[Sequence[str]]) -> None:
+        """
+        Compares the rounds that are planned here to those of the other processes.
+
+        Raises:
+            `ValueError`: they differ.
+        """
+        plans = gather_object([list(map(tuple, rounds))])
+        differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
+        if differing:
+            raise ValueError(
+                f"`client_sampler` chose other clients for round {differing[0]} in one process than in another. "
+                "It must depend on its arguments alone, so draw from a generator that is seeded by them."
+            )
