@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the folder one is written to, which ones are deleted, and which run may go on from one."""
+"""Everything that a run needs to go on bit for bit."""
 
 import json
 import logging
@@ -8,193 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from .client.waves import Wave
-from .files import file_sha256, write_json
-from .identity import FIXED, SCHEDULES_BY_METRIC, check_names_of_changes, find_changes
-
-# Run state
-
-
-@dataclass
-class RunState:
-    """
-    Where a run stands.
-
-    Args:
-        rounds_done (`int`, *optional*, defaults to `0`):
-            Rounds whose A has been averaged. It is also the index of the round that is open or comes next.
-        round_open (`bool`, *optional*, defaults to `False`):
-            Whether a client of that round has begun to train.
-        waves_done (`int`, *optional*, defaults to `0`):
-            Waves of the open round whose clients are back in the store.
-        wave_open (`bool`, *optional*, defaults to `False`):
-            Whether clients are in the slots.
-        wave_steps (`int`, *optional*, defaults to `0`):
-            Steps taken in the open wave.
-        mean_weight (`float`, *optional*, defaults to `0.0`):
-            Weight behind the running mean of the open round.
-        losses (`dict[str, list[float]]`, *optional*):
-            Per client of the open round: sum of the losses of its local steps, and their number.
-        weights (`dict[str, float]`, *optional*):
-            Weight of each client of the open round that has returned its tensors.
-        left_out (`dict[str, str]`, *optional*):
-            Clients of the open round whose update does not count, and why.
-        changes (`dict[str, list[float]]`, *optional*):
-            Per client of the open round whose update is finite: the norm of its change of A, and its local steps.
-        staleness (`dict[str, int | None]`, *optional*):
-            Per client of the open round, the rounds since it had last trained. `None` if it never had.
-        bytes_down (`int`, *optional*, defaults to `0`):
-            Bytes sent to the clients of the open round.
-        bytes_up (`int`, *optional*, defaults to `0`):
-            Bytes received from them.
-        seconds (`float`, *optional*, defaults to `0.0`):
-            Wall time spent in the open round before the last restart.
-        last_round (`dict[str, int]`, *optional*):
-            Per client, the last round it trained in.
-        stored_before (`list[str]`, *optional*):
-            Clients whose tensors are in the store since before this run: they have trained in an earlier one.
-        with_optimizer (`list[str]`, *optional*):
-            Clients whose optimizer state is in the store.
-        history (`list[dict]`, *optional*):
-            One entry per finished round.
-        results (`dict[str, dict[str, float]]`, *optional*):
-            Per client, the metrics of its last evaluation.
-        results_after_round (`int`, *optional*):
-            Rounds done when that was.
-        run_id (`str`, *optional*):
-            Names the run, wherever its folders are moved to.
-    """
-
-    rounds_done: int = 0
-    round_open: bool = False
-    waves_done: int = 0
-    wave_open: bool = False
-    wave_steps: int = 0
-    mean_weight: float = 0.0
-    losses: dict[str, list[float]] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-    changes: dict[str, list[float]] = field(default_factory=dict)
-    staleness: dict[str, int | None] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-    last_round: dict[str, int] = field(default_factory=dict)
-    stored_before: list[str] = field(default_factory=list)
-    with_optimizer: list[str] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    results: dict[str, dict[str, float]] = field(default_factory=dict)
-    results_after_round: int = 0
-    run_id: str = ""
-
-    def after_round(self) -> "RunState":
-        """The state in which the next round begins, or this one anew if no client has returned anything."""
-        return RunState(
-            rounds_done=len(self.history),
-            last_round=self.last_round,
-            stored_before=self.stored_before,
-            with_optimizer=self.with_optimizer,
-            history=self.history,
-            results=self.results,
-            results_after_round=self.results_after_round,
-            run_id=self.run_id,
-        )
-
-    def before_wave(self, client_ids: Sequence[str], bytes_down: int) -> "RunState":
-        """The state before the clients of the open wave took their first step. `bytes_down` were sent to them."""
-        return replace(
-            self,
-            wave_open=False,
-            wave_steps=0,
-            losses={client_id: loss for client_id, loss in self.losses.items() if client_id not in client_ids},
-            left_out={client_id: fault for client_id, fault in self.left_out.items() if client_id not in client_ids},
-            bytes_down=self.bytes_down - bytes_down,
-        )
-
-    def for_next_run(self, run_id: str) -> "RunState":
-        """The state in which another run begins with what this one has left in the store."""
-        stored = sorted({*self.stored_before, *self.last_round})
-        return RunState(run_id=run_id, stored_before=stored, with_optimizer=self.with_optimizer)
-
-    def has_stored(self, client_id: str) -> bool:
-        """Whether a client's tensors must be in the store."""
-        return client_id in self.last_round or client_id in self.stored_before
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-# Checkpoints
-
-
-STATE_FOLDER = "federation_state"
-
-_MANIFEST = "manifest.json"
-
-# Added to the name of a checkpoint while another one of its step is written in its place.
-REPLACED = ".replaced"
-
-CHECKPOINT_FOLDER = rf"checkpoint-(\d+)({re.escape(REPLACED)})?"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is damaged, or belongs to another federation."""
-
-
-def write_manifest(checkpoint: Path) -> None:
-    """Lists every file of a checkpoint with its size and SHA-256. Written last, it marks the checkpoint as whole."""
-    manifest = checkpoint / STATE_FOLDER / _MANIFEST
-    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path != manifest]
-    files = {
-        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for path in paths
-    }
-    write_json(manifest, files)
-
-
-def has_manifest(checkpoint: Path) -> bool:
-    """Whether the writing of a checkpoint was finished."""
-    return (checkpoint / STATE_FOLDER / _MANIFEST).is_file()
-
-
-def check_manifest(checkpoint: Path) -> None:
-    """
-    Checks that a checkpoint is whole.
-
-    Raises:
-        [`CheckpointError`]: a file is missing or differs, or the checkpoint was never finished.
-    """
-    manifest = checkpoint / STATE_FOLDER / _MANIFEST
-    if not manifest.is_file():
-        raise CheckpointError(
-            f"{checkpoint} is not a finished checkpoint of a federated run: {STATE_FOLDER}/{_MANIFEST} is missing. "
-            "Resume from an earlier checkpoint."
-        )
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {STATE_FOLDER}/{_MANIFEST} cannot be read ({error}). Resume from an earlier "
-            "checkpoint."
-        ) from error
-    well_formed = isinstance(files, dict) and all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in files.values()
-    )
-    if not well_formed:
-        raise CheckpointError(
-            f"{checkpoint} is damaged: {STATE_FOLDER}/{_MANIFEST} does not list files. Resume from an earlier "
-            "checkpoint."
-        )
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{checkpoint} is damaged: {name} is missing. Resume from an earlier checkpoint.")
-        if path.stat().st_size != expected["bytes"] or file_sha256(path) != expected["sha256"]:
-            raise CheckpointError(
-                f"{checkpoint} is damaged: {name} is not the file that was written ({path.stat().st_size} bytes, "
-                f"{expected['bytes']} expected). Resume from an earlier checkpoint."
-            )
 
 
 def check_same_federation(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> None:
@@ -223,134 +36,8 @@ def brief(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run, see [`RunState`] and `hf_fedsa.identity`."""
-    return json.loads((checkpoint / STATE_FOLDER / "state.json").read_text(encoding="utf-8"))
-
-
-def checkpoint_with_copy(output_dir: Path, store: str, client_id: str) -> Path | None:
-    """Finds the newest whole checkpoint, if it has a copy of what a client has in a store of this name."""
-    checkpoint = newest_whole_checkpoint(output_dir, warn=lambda _: None)
-    if checkpoint is None or not (checkpoint / STATE_FOLDER / store / f"{client_id}.safetensors").is_file():
-        return None
-    return checkpoint
-
-
-def newest_whole_checkpoint(
-    output_dir: Path, warn: Callable[[str], None], accept: Callable[[Path], bool] = lambda checkpoint: True
-) -> Path | None:
-    """
-    Finds the checkpoint with the highest step that is whole, calling `warn` for each newer one passed over. Those that
-    `accept` does not accept are no candidates.
-    """
-    numbered = [
-        (int(match.group(1)), match.group(2) is None, path)
-        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
-        if path.is_dir() and (match := re.fullmatch(CHECKPOINT_FOLDER, path.name))
-    ]
-    for _, _, path in sorted(numbered, reverse=True):
-        try:
-            check_manifest(path)
-        except CheckpointError as error:
-            warn(f"Passing over {path}: {error}")
-        else:
-            if accept(path):
-                return path
-    return None
-
-
-logger = logging.getLogger(__name__)
-
 # Differences that a message names with both values.
 _MOST_SHOWN = 3
-
-
-def make_room(checkpoint: Path) -> None:
-    """
-    Clears the place of a checkpoint that is about to be written, so that it will hold what is written now alone.
-
-    A finished one that is there already is kept under another name, under which it is found, until
-    [`remove_replaced`] says that the new one is whole.
-    """
-    if not checkpoint.is_dir():
-        return
-    if not has_manifest(checkpoint):
-        shutil.rmtree(checkpoint)
-        return
-    shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
-    checkpoint.rename(_replaced(checkpoint))
-
-
-def remove_replaced(checkpoint: Path) -> None:
-    """Deletes what a checkpoint has taken the place of."""
-    shutil.rmtree(_replaced(checkpoint), ignore_errors=True)
-
-
-def restore_replaced(checkpoint: Path) -> None:
-    """Deletes a checkpoint that could not be finished, and puts what it was to replace back in its place."""
-    if has_manifest(checkpoint):
-        return  # There was not even room made for the new one.
-    shutil.rmtree(checkpoint, ignore_errors=True)
-    if _replaced(checkpoint).is_dir():
-        _replaced(checkpoint).rename(checkpoint)
-
-
-def _replaced(checkpoint: Path) -> Path:
-    return checkpoint.with_name(checkpoint.name + REPLACED)
-
-
-def delete_older_checkpoints(newest: Path, limit: int | None, best: str | None = None) -> None:
-    """
-    Deletes checkpoints beside the one that was just written until `limit` are left. That one and the
-    best one always stay.
-
-    What counts is the number of steps and not the time of writing, since clocks may be set back. Steps beyond those of
-    the newest checkpoint are not of this run's past but of another run in the folder, and are the first to go.
-
-    Args:
-        newest (`Path`):
-            The checkpoint that was just written.
-        limit (`int`, *optional*):
-            How many to keep. `None` or 0 keeps all.
-        best (`str`, *optional*):
-            The checkpoint with the best metric, where that counts.
-    """
-    if limit is None or limit <= 0:
-        return
-    steps = {
-        path: int(match.group(1))
-        for path in newest.parent.iterdir()
-        if path.is_dir() and (match := re.fullmatch(CHECKPOINT_FOLDER, path.name))
-    }
-    stay = {newest, Path(best)} if best is not None else {newest}
-    others = sorted(steps.keys() - stay, key=lambda path: (steps[path] <= steps[newest], steps[path], path.name))
-    for path in others[: max(0, len(steps) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-# Resuming
-
-
-@dataclass(frozen=True)
-class Resumption:
-    """
-    How a run goes on from a checkpoint. Without arguments, a run that begins.
-
-    Args:
-        changes (`frozenset[str]`, *optional*):
-            What differs from the run that was saved, and is meant to.
-        trained (`tuple[Wave, ...]`, *optional*):
-            Waves of the open round that have trained, and the one that goes on in the middle.
-        steps_back (`int`, *optional*, defaults to `0`):
-            Steps of the checkpoint that are taken again.
-        scheduled_before (`int`, *optional*, defaults to `0`):
-            Length of the rounds done on the learning rate schedule, as planned when they were trained.
-    """
-
-    changes: frozenset[str] = frozenset()
-    trained: tuple[Wave, ...] = ()
-    steps_back: int = 0
-    scheduled_before: int = 0
 
 
 def check_changes(
@@ -416,14 +103,14 @@ def check_position(
     Raises:
         [`CheckpointError`]: it may not. The message says from where it may.
     """
-    progress = state["progress"]
-    reached = progress["rounds_done"] + progress["round_open"]
+    round_open = state["client"]["round_open"]
+    reached = len(state["server"]["history"]) + round_open
     if num_rounds < reached:
         raise CheckpointError(
-            f"`num_rounds={num_rounds}`, but {checkpoint} stands {'in' if progress['round_open'] else 'after'} round "
+            f"`num_rounds={num_rounds}`, but {checkpoint} stands {'in' if round_open else 'after'} round "
             f"{reached}. Set `num_rounds` to at least {reached}, or resume from an earlier checkpoint."
         )
-    if not progress["round_open"]:
+    if not round_open:
         return
     if state["num_processes"] != num_processes:
         what = f"was saved by another number of processes ({state['num_processes']}) than resumes it ({num_processes})"
@@ -431,7 +118,7 @@ def check_position(
         what = f"is resumed with another {', '.join(f'`{name}`' for name in sorted(changes))}"
     else:
         return
-    whole = _newest_beside(checkpoint, lambda other: not other["progress"]["round_open"])
+    whole = _newest_beside(checkpoint, lambda other: not other["client"]["round_open"])
     raise CheckpointError(
         f"{checkpoint} {what}, in the middle of a round, all of which trains alike. Resume from a checkpoint of a "
         f"round's end, {f'such as {whole}' if whole else 'of which there is none beside it'}."
@@ -440,3 +127,137 @@ def check_position(
 
 def _newest_beside(checkpoint: Path, accept: Callable[[dict[str, Any]], bool]) -> Path | None:
     return newest_whole_checkpoint(checkpoint.parent, warn=logger.debug, accept=lambda path: accept(read_state(path)))
+
+
+def save_run(
+    folder: Path,
+    *,
+    server: Server,
+    client: ClientRuntime,
+    results: EvaluationResults,
+    identity: Mapping[str, Any],
+    num_processes: int,
+    seconds: float,
+) -> None:
+    """
+    Writes all of the federation that a resumed run needs. The Trainer adds optimizer, schedule and generators.
+
+    Args:
+        folder (`Path`):
+            The folder `federation_state` of the checkpoint.
+        server, client, results:
+            What is saved.
+        identity (`Mapping[str, Any]`):
+            What the run's results depend on.
+        num_processes (`int`):
+            Processes of the run.
+        seconds (`float`):
+            Wall time spent in the open round so far.
+    """
+    tensors, server_state = server.state_dict()
+    if server_state["open"] is not None:
+        server_state["open"]["seconds"] += seconds
+    write_safetensors(folder / "server.safetensors", tensors)
+    # Clients that have not trained yet start from these, which a head without a seed has anew in every process.
+    write_safetensors(folder / "initial_local.safetensors", client.initial_local)
+    client.copy_stores(folder)
+    if client.state.wave_open:
+        in_slots = {f"{slot}|{k}": t for slot in client.slot_of.values() for k, t in client.slots.take(slot).items()}
+        write_safetensors(folder / "slots.safetensors", in_slots)
+    if client.state.round_open and client.optimizer.round_start is not None:
+        torch.save(client.optimizer.round_start, folder / "schedule_at_round_start.pt")
+    state = {
+        "format": FORMAT,
+        "identity": identity,
+        "server": server_state,
+        "client": client.snapshot(),
+        "results": asdict(results),
+        "parallel_clients": len(client.slots),
+        "num_processes": num_processes,
+    }
+    if client.state.round_open:
+        state["waves"] = [asdict(wave) for wave in client.round.waves]
+    write_json(folder / "state.json", state)
+
+
+class SavedRun:
+    """
+    A run as a checkpoint holds it.
+
+    Args:
+        checkpoint (`Path`):
+            The checkpoint.
+
+    Raises:
+        [`CheckpointError`]: it is not whole, or of another version.
+    """
+
+    def __init__(self, checkpoint: Path):
+        check_manifest(checkpoint)
+        self.checkpoint, self.folder = checkpoint, checkpoint / STATE_FOLDER
+        self.state = read_state(checkpoint)
+
+    @property
+    def run_id(self) -> str:
+        return self.state["server"]["run_id"]
+
+    @property
+    def results(self) -> EvaluationResults:
+        return EvaluationResults(**self.state["results"])
+
+    def load_server(self, server: Server) -> None:
+        """
+        Puts a server where the saved one was.
+
+        Raises:
+            [`CheckpointError`]: it would choose other clients for the open round.
+        """
+        server.load_state_dict(load_file(self.folder / "server.safetensors"), self.state["server"])
+        if not self.state["client"]["round_open"]:
+            return
+        saved, now = server.state.open.client_ids, server.sample(server.state.open.round_index)
+        if list(now) != saved:
+            raise CheckpointError(
+                f"{self.checkpoint} was written in a round of {', '.join(saved)}, and this run would go "
+                f"on with {', '.join(now)}. Pass the `client_sampler` of that run, which "
+                "must choose the same clients whenever it is asked for the same round."
+            )
+
+    def load_clients(self, client: ClientRuntime, with_optimizers: bool) -> int:
+        """
+        Puts the clients where the saved ones were.
+
+        A wave that was saved in the middle by a run with another number of slots begins anew: its clients' B are in
+        the store, and their steps depend on nothing else.
+
+        Args:
+            client ([`~hf_fedsa.client.runtime.ClientRuntime`]):
+                The clients.
+            with_optimizers (`bool`):
+                Whether states of optimizers are of use.
+
+        Returns:
+            `int`: steps of the checkpoint that are taken again.
+        """
+        state = ClientState(**self.state["client"])
+        if not with_optimizers:
+            state.with_optimizer = []
+        waves = [
+            Wave(**{name: tuple(v) if isinstance(v, list) else v for name, v in wave.items()})
+            for wave in self.state.get("waves", [])
+        ]
+        steps_back = 0
+        if state.wave_open and self.state["parallel_clients"] != len(client.slots):
+            steps_back = state.wave_steps
+            state = state.before_wave(waves[state.waves_done].client_ids)
+        trained = waves[: state.waves_done + state.wave_open]
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        if state.wave_open:
+            for name, tensor in load_file(self.folder / "slots.safetensors").items():
+                slot, key = name.split("|", maxsplit=1)
+                slots.setdefault(int(slot), {})[key] = tensor
+        client.initial_local = load_file(self.folder / "initial_local.safetensors")
+        client.resume(state, trained, slots)
+        schedule = self.folder / "schedule_at_round_start.pt"
+        client.optimizer.round_start = torch.load(schedule, weights_only=True) if schedule.is_file() else None
+        return steps_back

@@ -122,3 +122,12 @@ def running_metrics_aside(trainer: Trainer) -> Iterator[None]:
     metrics.clear()
     yield
     metrics.update(kept)
+
+
+def refuse_another_sampler(trainer: Trainer) -> None:
+    if not type(trainer)._get_train_sampler.__module__.startswith(("transformers.", "trl.")):
+        raise ValueError(
+            f"`{type(trainer).__name__}` has a `_get_train_sampler` of its own, which would not be asked: every "
+            "client's rows are drawn by themselves. Set `train_sampling_strategy` ('sequential' keeps the order of "
+            "your rows), and choose the clients of a round with `client_sampler`."
+        )

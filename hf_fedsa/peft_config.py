@@ -78,3 +78,19 @@ class FedSAVeraConfig(VeraConfig):
     def __post_init__(self):
         super().__post_init__()
         validate_peft_config(self)
+
+
+def check_peft_model(model: PeftModel) -> None:
+    for config in model.peft_config.values():
+        validate_peft_config(config)
+        if mutates_base(config):
+            raise ValueError(
+                f"`init_lora_weights={config.init_lora_weights!r}` has changed the base weights of the `PeftModel` "
+                "you passed, and what it took out of them is not known here, so the adapters could not be saved for "
+                "the original base. Pass the base model and `peft_config` instead."
+            )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "The `PeftModel` you passed has no trainable parameter. Load it with `PeftModel.from_pretrained(..., "
+            "is_trainable=True)`."
+        )

@@ -8,10 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed
 from accelerate.utils import broadcast_object_list
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout
+from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -136,3 +138,33 @@ def _has_common_store() -> bool:
         and torch.distributed.get_backend() == "gloo"
         and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )
+
+
+# What `Accelerator` does across processes in a step or an evaluation.
+_COLLECTIVES = ("gather", "gather_for_metrics", "pad_across_processes", "prepare_data_loader")
+
+
+@contextlib.contextmanager
+def computing_alone(trainer: Trainer) -> Iterator[None]:
+    """
+    Within this context a Trainer computes for this process alone, where it would gather from all of them.
+
+    Processes train and evaluate clients of their own: there is nothing to gather, and not equally often.
+    """
+    if trainer.args.world_size == 1:
+        yield
+        return
+    gather = trainer.gather_function
+    trainer.gather_function = _unchanged
+    for name in _COLLECTIVES:
+        setattr(trainer.accelerator, name, _unchanged)
+    try:
+        yield
+    finally:
+        for name in _COLLECTIVES:
+            delattr(trainer.accelerator, name)
+        trainer.gather_function = gather
+
+
+def _unchanged(data: Any, *args, **kwargs) -> Any:
+    return data

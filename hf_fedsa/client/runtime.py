@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .local_optimizer import LocalOptimizer
 from .slots import Slots
 from .state import ClientSettings, ClientState
 from .step import Step
-from .store import BEFORE, ClientStores
+from .store import BEFORE, ClientStores, StoreName
 from .waves import Round, Wave, WavePlanner, WholePasses
 
 logger = logging.getLogger(__name__)
@@ -33,8 +34,6 @@ class ClientRuntime:
             Where they wait.
         optimizer ([`LocalOptimizer`]):
             Their optimizer and schedule.
-        planner ([`WavePlanner`] or [`WholePasses`]):
-            Their waves and rows.
         settings ([`ClientSettings`]):
             What they are told once.
         initial_local (`dict[str, torch.Tensor]`):
@@ -48,13 +47,14 @@ class ClientRuntime:
         slots: Slots,
         stores: ClientStores,
         optimizer: LocalOptimizer,
-        planner: WavePlanner | WholePasses,
         settings: ClientSettings,
         initial_local: Tensors,
         where_else: Callable[[str, str], str],
     ):
         self.slots, self.stores, self.optimizer = slots, stores, optimizer
-        self.planner, self.settings = planner, settings
+        self.settings = settings
+        # Their waves and rows, known when a run begins.
+        self.planner: WavePlanner | WholePasses | None = None
         self.initial_local = initial_local
         self.where_else = where_else
         self.state = ClientState()
@@ -269,6 +269,15 @@ class ClientRuntime:
                     store.keep(client_id, state.counted.get(client_id))
         self._reset(round_index=state.round_index + 1)
 
+    def abandon(self, counted: Sequence[str]) -> None:
+        """Ends a run that has failed: clients whose update is in the average of the open round keep their new B."""
+        state = self.state
+        for client_id in set(counted) & set(state.returned):
+            state.counted[client_id] = state.round_index
+            if self.optimizer.keeps:
+                state.with_optimizer = sorted({*state.with_optimizer, client_id})
+        self._reset(round_index=state.round_index)
+
     def reopen(self) -> None:
         """Forgets a round in which nobody has taken a step."""
         self._reset(round_index=self.state.round_index)
@@ -341,7 +350,7 @@ class ClientRuntime:
         slot = self.slot_of[client_id]
         return clone_tensors(self._displaced) if slot == 0 and self._displaced is not None else self.slots.take(slot)
 
-    def _stored(self, store: str, client_id: str, round_index: int) -> Tensors:
+    def _stored(self, store: StoreName, client_id: str, round_index: int) -> Tensors:
         return self.stores.get(store, client_id, round_index, lambda: self.where_else(store, client_id))
 
     # The model as it is looked at
@@ -384,6 +393,19 @@ class ClientRuntime:
         return {key: t for key, t in self.slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
 
     # Saving
+
+    def copy_stores(self, folder: Path) -> None:
+        """Copies all that the stores have of clients to a folder."""
+        state = self.state
+        for client_id in sorted({*state.counted, *state.returned}):
+            before = [state.counted[client_id]] if client_id in state.counted else []
+            of_round = [state.round_index] if client_id in state.returned else []
+            self._copy(folder, "clients", client_id, before + of_round)
+            if self.optimizer.keeps:
+                self._copy(folder, "optimizers", client_id, (before if client_id in state.with_optimizer else []) + of_round)
+
+    def _copy(self, folder: Path, store: StoreName, client_id: str, rounds: Sequence[int]) -> None:
+        self.stores.save(folder, store, client_id, rounds, lambda: self.where_else(store, client_id))
 
     def snapshot(self) -> dict[str, Any]:
         """The state as JSON, with the losses of the clients in training."""
