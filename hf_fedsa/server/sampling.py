@@ -45,3 +45,27 @@ def sample_clients(
         return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
 
     return sorted(sorted(client_ids, key=rank)[:clients_per_round])
+
+
+def ask_sampler(
+    sampler: ClientSampler, round_index: int, num_rows: Mapping[str, int], clients_per_round: int | None
+) -> tuple[str, ...]:
+    """
+    A round's clients as `sampler` chooses them, sorted by id.
+
+    Raises:
+        `TypeError`: it did not return a list of ids.
+        `ValueError`: it returned no client, one twice, or one that it was not given.
+    """
+    chosen = sampler(round_index, dict(num_rows), clients_per_round)
+    if chosen is None or isinstance(chosen, str):
+        raise TypeError(f"`client_sampler` returned {chosen!r} for round {round_index}, not a list of client ids.")
+    client_ids = sorted(chosen)
+    unknown = [client_id for client_id in client_ids if client_id not in num_rows]
+    if not client_ids or unknown or len(set(client_ids)) < len(client_ids):
+        problem = f"{unknown[0]!r}, which is no client" if unknown else "a client twice" if client_ids else "no client"
+        raise ValueError(
+            f"`client_sampler` returned {problem} for round {round_index}: {client_ids}. It must return at least one "
+            "of the ids it is given, and each once."
+        )
+    return tuple(client_ids)
