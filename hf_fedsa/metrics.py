@@ -52,6 +52,22 @@ def round_metrics(
     }
 
 
+# Entries of a round's record that are by client, the evaluation's results included.
+_BY_CLIENT = ("losses", "weights", "left_out", "staleness", "results")
+
+
+def names_client(metrics: Mapping[str, Any], client_id: str) -> bool:
+    """Whether a round's record says anything of a client."""
+    return client_id in metrics["clients"] or any(client_id in metrics.get(name, ()) for name in _BY_CLIENT)
+
+
+def forget_client(metrics: dict[str, Any], client_id: str) -> None:
+    """Deletes a client's name and numbers from a round's record."""
+    metrics["clients"] = [other for other in metrics["clients"] if other != client_id]
+    for name in _BY_CLIENT:
+        metrics.get(name, {}).pop(client_id, None)
+
+
 def over_clients(values: Sequence[float], mean: Callable[[Sequence[float]], float] = fmean) -> dict[str, float]:
     """
     Mean, population standard deviation and extremes of a number over clients: `mean`, `std`, `min` and `max`.

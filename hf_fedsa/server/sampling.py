@@ -10,6 +10,10 @@ from ..seeds import derive_seed
 ClientSampler = Callable[[int, Mapping[str, int], int | None], Sequence[str]]
 
 
+class TooFewClientsError(ValueError):
+    """A round wants more clients than are there. Ask again once more have come."""
+
+
 def sample_clients(
     client_ids: Iterable[str],
     clients_per_round: int | None,
@@ -45,6 +49,16 @@ def sample_clients(
         return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
 
     return sorted(sorted(client_ids, key=rank)[:clients_per_round])
+
+
+def seeded_sampler(seed: int, client_sampling: str) -> ClientSampler:
+    """[`sample_clients`] of a run: `"uniform"`, or by the clients' numbers of rows (`"examples"`)."""
+
+    def sampler(round_index: int, num_rows: Mapping[str, int], clients_per_round: int | None) -> list[str]:
+        weights = num_rows if client_sampling == "examples" else None
+        return sample_clients(num_rows, clients_per_round, seed=seed, round_index=round_index, weights=weights)
+
+    return sampler
 
 
 def ask_sampler(
