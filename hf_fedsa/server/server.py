@@ -112,9 +112,9 @@ class Server:
             forget (`bool`, *optional*, defaults to `False`):
                 Whether its name and numbers are deleted from `state`; those of the open round go when that ends. An
                 update that is held back is dropped. It also works for a client that has left before.
-                **What this does not undo:** A is an average that the client's updates have entered, and stays as it
-                is, as do the other clients' B that were trained with it. Checkpoints, logs, files and repositories
-                that were written before keep what they say, and what has been published cannot be called back.
+                What this does not undo: A is an average that the client's updates have entered, and it stays as it
+                is, as does every B that was trained with it. Checkpoints, logs, files and repositories that were
+                written before keep what they say, and what has been published cannot be called back.
 
         Raises:
             `ValueError`: there is no such client.
@@ -180,9 +180,9 @@ class Server:
         wanted = self.settings.clients_per_round
         if len(num_rows) < (wanted or 1):
             raise TooFewClientsError(
-                f"Round {round_index} wants {wanted or 'at least 1'} clients (`clients_per_round={wanted}`), and "
-                f"{len(num_rows)} of the {len(self.clients)} that are registered are available. Wait for more, or "
-                "lower `clients_per_round`."
+                f"Round {round_index} needs {wanted or 1} clients (`clients_per_round={wanted}`), but of the "
+                f"{len(self.clients)} that are registered {len(num_rows)} are available. Wait for more, or lower "
+                "`clients_per_round`."
             )
         sampler = self._sampler or seeded_sampler(self.settings.seed, self.settings.client_sampling)
         return ask_sampler(sampler, round_index, num_rows, wanted)
@@ -212,6 +212,7 @@ class Server:
         if self.state.open is None:
             index = self.state.rounds_done
             client_ids = self._plan(index) if available is None else self._sample(index, available)
+            self.schedule_steps()  # A sampler that fails in a later round does so before this one is open.
             self.state.open = OpenRound(
                 round_index=index,
                 client_ids=list(client_ids),
@@ -423,8 +424,12 @@ class Server:
         parts = {"shared": self.shared, "initial_shared": self.initial_shared, "mean": self._mean.mean}
         parts |= {f"held|{client_id}": tensors for client_id, tensors in self._held.items()}
         tensors = {f"{part}|{key}": tensor for part, named in parts.items() for key, tensor in named.items()}
-        state = {**asdict(self.state), "mean_weight": self._mean.total_weight, "fingerprint": self.fingerprint}
-        return tensors, copy.deepcopy(state)
+        state = {
+            **asdict(self.state),
+            "mean_weight": self._mean.total_weight,
+            "fingerprint": copy.deepcopy(self.fingerprint),
+        }
+        return tensors, state
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """
@@ -449,8 +454,11 @@ class Server:
         if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
             raise ValueError("The clients of that server have another fingerprint than those of this one.")
         order = list(self.shared)
-        self.shared, self.initial_shared = ({k: t[k].clone() for k in order} for t in (shared, initial_shared))
-        self._held = {client_id: {k: t[k].clone() for k in order} for client_id, t in held.items()}
+        self.shared, self.initial_shared = (
+            clone_tensors({key: named[key] for key in order}, dtype=torch.float32)
+            for named in (shared, initial_shared)
+        )
+        self._held = {client_id: clone_tensors({key: t[key] for key in order}) for client_id, t in held.items()}
         self._mean = WeightedMean(mean, weight)
         self.state = loaded
         if fingerprint is not None:
