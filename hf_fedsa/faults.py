@@ -1,5 +1,6 @@
 """Which updates must not count, and why."""
 
+import math
 from collections.abc import Mapping
 from statistics import median_low
 
@@ -16,6 +17,48 @@ MOST_OF_MEDIAN = 5.0
 MOST_OF_NORM = 30.0
 
 FEWEST_TO_COMPARE = 3
+
+
+def judge(
+    returned: Mapping[str, torch.Tensor],
+    received: Mapping[str, torch.Tensor],
+    loss: float,
+    max_update_norm: float | str | None,
+    *,
+    local: Mapping[str, torch.Tensor] | None = None,
+) -> str | None:
+    """
+    Why one client's update must not count, whatever the others return, or `None`.
+
+    The client asks before it keeps its B, and the server again.
+
+    Args:
+        returned (`Mapping[str, torch.Tensor]`):
+            The client's A after its local steps. Empty if A is not trained.
+        received (`Mapping[str, torch.Tensor]`):
+            The A it was sent.
+        loss (`float`):
+            Its training loss.
+        max_update_norm (`float` or `str`, *optional*):
+            Largest change of A, as a multiple of the norm of the A it was sent. `None` and `"auto"` set no limit of
+            its own, see [`outliers`] for the latter.
+        local (`Mapping[str, torch.Tensor]`, *optional*):
+            The client's B after its local steps, where it is known.
+    """
+    if not math.isfinite(loss):
+        return f"its loss is {loss}"
+    if not torch.isfinite(nn.utils.get_total_norm([*returned.values(), *(local or {}).values()])):
+        return "its update is not finite"
+    if not returned or max_update_norm in (None, "auto"):
+        return None
+    before, change = norm_and_change(received, returned)
+    # A that starts at zero, as that of embeddings does, has no scale to compare to.
+    if before > 0 and change > max_update_norm * before:
+        return (
+            f"its A has changed by {change / before:.3g} times the norm it had, more than "
+            f"`max_update_norm={max_update_norm}`"
+        )
+    return None
 
 
 def outliers(changes: Mapping[str, tuple[float, int]], norm: float) -> dict[str, str]:

@@ -137,8 +137,8 @@ def from_bytes(data: bytes) -> Message:
         tensors = load(data)
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         kind, text, digest = _KINDS[metadata["kind"]], metadata["values"], metadata["sha256"]
-        values = json.loads(text)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        values = {**json.loads(text)}
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise MessageError(f"{len(data)} bytes that are no whole message: {error!r}. Send it again.") from error
     if _sha256(text, tensors) != digest:
         raise MessageError(f"A `{kind.__name__}` of {len(data)} bytes was changed on its way. Send it again.")

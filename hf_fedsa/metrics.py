@@ -1,7 +1,7 @@
 """Mean and spread over clients; a round's record and its log line."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -52,19 +52,50 @@ def round_metrics(
     }
 
 
+# Entries of a round's record that are by client, the evaluation's results included.
+_BY_CLIENT = ("losses", "weights", "left_out", "staleness", "results")
+
+
+def names_client(metrics: Mapping[str, Any], client_id: str) -> bool:
+    """Whether a round's record says anything of a client."""
+    return client_id in metrics["clients"] or any(client_id in metrics.get(name, ()) for name in _BY_CLIENT)
+
+
+def forget_client(metrics: dict[str, Any], client_id: str) -> None:
+    """Deletes a client's name and numbers from a round's record."""
+    metrics["clients"] = [other for other in metrics["clients"] if other != client_id]
+    for name in _BY_CLIENT:
+        metrics.get(name, {}).pop(client_id, None)
+
+
+def over_clients(values: Sequence[float], mean: Callable[[Sequence[float]], float] = fmean) -> dict[str, float]:
+    """
+    Mean, population standard deviation and extremes of a number over clients: `mean`, `std`, `min` and `max`.
+
+    There is no `std` if a value is not finite, and nothing if there is no client.
+    """
+    if not values:
+        return {}
+    std = {"std": pstdev(values)} if all(map(math.isfinite, values)) else {}
+    return {"mean": mean(values), **std, "min": min(values), "max": max(values)}
+
+
+def _plain_mean(values: Sequence[float]) -> float:
+    # Its last bit may differ from that of `fmean`.
+    return sum(values) / len(values)
+
+
 def log_line(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a round that go to the log: one line whatever the number of clients."""
-    losses = list(metrics["losses"].values())
-    stale = [rounds for rounds in metrics["staleness"].values() if rounds is not None]
+    losses = over_clients(list(metrics["losses"].values()), mean=_plain_mean)
+    stale = over_clients([rounds for rounds in metrics["staleness"].values() if rounds is not None], mean=_plain_mean)
+    names = {"mean": "round_loss", "std": "round_loss_std", "min": "round_loss_best", "max": "round_loss_worst"}
     return {
         "round": metrics["round"],
-        "round_loss": sum(losses) / len(losses),
-        "round_loss_std": pstdev(losses),
-        "round_loss_best": min(losses),
-        "round_loss_worst": max(losses),
-        "round_clients": len(losses),
+        **{name: losses[key] for key, name in names.items() if key in losses},
+        "round_clients": len(metrics["losses"]),
         "round_clients_left_out": len(metrics["left_out"]),
-        **({"round_staleness": sum(stale) / len(stale), "round_staleness_worst": max(stale)} if stale else {}),
+        **({"round_staleness": stale["mean"], "round_staleness_worst": stale["max"]} if stale else {}),
         "round_bytes_down": metrics["bytes_down"],
         "round_bytes_up": metrics["bytes_up"],
         "round_seconds": metrics["seconds"],
@@ -80,8 +111,6 @@ def spread(by_name: Mapping[str, list[Any]], prefix: str) -> dict[str, float]:
     logs: dict[str, float] = {}
     for name, values in by_name.items():
         if all(isinstance(value, (int, float)) for value in values):
-            logs[f"{prefix}_{name}"] = fmean(values)
-            if all(map(math.isfinite, values)):
-                logs[f"{prefix}_{name}_std"] = pstdev(values)
-            logs[f"{prefix}_{name}_min"], logs[f"{prefix}_{name}_max"] = min(values), max(values)
+            for key, number in over_clients(values).items():
+                logs[f"{prefix}_{name}" if key == "mean" else f"{prefix}_{name}_{key}"] = number
     return {**logs, f"{prefix}_clients": max(map(len, by_name.values()))}

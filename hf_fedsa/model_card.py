@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
 from typing import Any
 
 from huggingface_hub import ModelCardData
+
+from .metrics import over_clients
 
 PAPER = "https://arxiv.org/abs/2410.01463"
 _CITATION = """\
@@ -62,13 +63,7 @@ def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str,
 
 def summarize(values: Sequence[float]) -> dict[str, float]:
     """Mean, population standard deviation, extremes and number of a metric over clients."""
-    return {
-        "mean": fmean(values),
-        "std": pstdev(values),
-        "min": min(values),
-        "max": max(values),
-        "clients": len(values),
-    }
+    return {**over_clients(values), "clients": len(values)}
 
 
 def _metadata(federation: Mapping[str, Any]) -> ModelCardData:

@@ -10,6 +10,10 @@ from ..seeds import derive_seed
 ClientSampler = Callable[[int, Mapping[str, int], int | None], Sequence[str]]
 
 
+class TooFewClientsError(ValueError):
+    """A round wants more clients than are there. Ask again once more have come."""
+
+
 def sample_clients(
     client_ids: Iterable[str],
     clients_per_round: int | None,
@@ -45,3 +49,37 @@ def sample_clients(
         return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
 
     return sorted(sorted(client_ids, key=rank)[:clients_per_round])
+
+
+def seeded_sampler(seed: int, client_sampling: str) -> ClientSampler:
+    """[`sample_clients`] of a run: `"uniform"`, or by the clients' numbers of rows (`"examples"`)."""
+
+    def sampler(round_index: int, num_rows: Mapping[str, int], clients_per_round: int | None) -> list[str]:
+        weights = num_rows if client_sampling == "examples" else None
+        return sample_clients(num_rows, clients_per_round, seed=seed, round_index=round_index, weights=weights)
+
+    return sampler
+
+
+def ask_sampler(
+    sampler: ClientSampler, round_index: int, num_rows: Mapping[str, int], clients_per_round: int | None
+) -> tuple[str, ...]:
+    """
+    A round's clients as `sampler` chooses them, sorted by id.
+
+    Raises:
+        `TypeError`: it did not return a list of ids.
+        `ValueError`: it returned no client, one twice, or one that it was not given.
+    """
+    chosen = sampler(round_index, dict(num_rows), clients_per_round)
+    if chosen is None or isinstance(chosen, str):
+        raise TypeError(f"`client_sampler` returned {chosen!r} for round {round_index}, not a list of client ids.")
+    client_ids = sorted(chosen)
+    unknown = [client_id for client_id in client_ids if client_id not in num_rows]
+    if not client_ids or unknown or len(set(client_ids)) < len(client_ids):
+        problem = f"{unknown[0]!r}, which is no client" if unknown else "a client twice" if client_ids else "no client"
+        raise ValueError(
+            f"`client_sampler` returned {problem} for round {round_index}: {client_ids}. It must return at least one "
+            "of the ids it is given, and each once."
+        )
+    return tuple(client_ids)

@@ -1,0 +1,188 @@
+"""What a server is told to do, and where its run stands, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..metrics import names_client
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    What a server is told to do.
+
+    Args:
+        seed (`int`):
+            Seed of the rounds' samples.
+        num_rounds (`int`, *optional*):
+            Rounds in all. `None` means that the federation has no fixed end.
+        clients_per_round (`int`, *optional*):
+            Clients sampled per round. `None` means all that are available.
+        client_sampling (`str`, *optional*, defaults to `"uniform"`):
+            `"uniform"` draws all clients alike, `"examples"` with a probability proportional to their rows.
+        min_clients_per_round (`int`, *optional*, defaults to `1`):
+            Clients that must return an update for a round to count. If fewer do, A stays as it was.
+        max_update_norm (`float` or `"auto"`, *optional*, defaults to `"auto"`):
+            Largest change of A that a client may return, as a multiple of the norm of the A it was sent. `"auto"`
+            compares it to the median change of the round's clients. `None` sets no limit.
+        trains_shared (`bool`, *optional*, defaults to `True`):
+            Whether clients train A. If not, nothing is sent to the server but numbers.
+
+    Raises:
+        `TypeError`, `ValueError`: a field cannot be what it is.
+    """
+
+    seed: int
+    num_rounds: int | None
+    clients_per_round: int | None = None
+    client_sampling: str = "uniform"
+    min_clients_per_round: int = 1
+    max_update_norm: float | str | None = "auto"
+    trains_shared: bool = True
+
+    def __post_init__(self):
+        for name, least in (("num_rounds", 0), ("clients_per_round", 1), ("min_clients_per_round", 1)):
+            value = getattr(self, name)
+            if value is None and name != "min_clients_per_round":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+            if value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if self.clients_per_round is not None and self.min_clients_per_round > self.clients_per_round:
+            raise ValueError(
+                f"`min_clients_per_round={self.min_clients_per_round}` is more than the {self.clients_per_round} "
+                "clients of a round, so no round could count. Lower it."
+            )
+        if self.client_sampling not in ("uniform", "examples"):
+            raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {self.client_sampling!r}.")
+        if self.max_update_norm in (None, "auto"):
+            return
+        if not isinstance(self.max_update_norm, (int, float)):
+            raise TypeError(
+                f"`max_update_norm` must be a number, 'auto' or None, got {self.max_update_norm!r} of type "
+                f"{type(self.max_update_norm).__name__}."
+            )
+        if not self.max_update_norm > 0:
+            raise ValueError(
+                f"`max_update_norm` must be a positive number, or None for no limit, got {self.max_update_norm!r}."
+            )
+
+
+@dataclass
+class OpenRound:
+    """
+    A round whose clients have been sampled and whose A is not averaged yet.
+
+    Args:
+        round_index (`int`):
+            Round, counted from 0.
+        client_ids (`list[str]`):
+            Its clients, sorted.
+        num_clients (`int`):
+            Clients of the federation when it began.
+        num_steps (`int`):
+            Local steps of the client that takes the most: its length on the learning rate schedule.
+        weights (`dict[str, float]`), losses (`dict[str, float]`), staleness (`dict[str, int | None]`):
+            Per client whose update is in the average: its weight there, the mean training loss over its local steps,
+            and the rounds since one had last counted for it, `None` if none had.
+        left_out (`dict[str, str]`):
+            Clients whose update does not count, and why.
+        changes (`dict[str, list[float]]`):
+            Per client whose change of A is to be compared to those of the others: its norm, and the local steps.
+        held (`dict[str, list[float]]`):
+            Per client whose change is large, so that its update waits for the round's end: its weight and loss.
+        forgotten (`list[str]`):
+            Clients that the round's record must not name.
+        bytes_down (`int`), bytes_up (`int`):
+            Bytes of the tensors sent to its clients, and received from them.
+        seconds (`float`):
+            Wall time spent before the last restart.
+    """
+
+    round_index: int
+    client_ids: list[str]
+    num_clients: int
+    num_steps: int
+    weights: dict[str, float] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    staleness: dict[str, int | None] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    changes: dict[str, list[float]] = field(default_factory=dict)
+    held: dict[str, list[float]] = field(default_factory=dict)
+    forgotten: list[str] = field(default_factory=list)
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+    def has_answer(self, client_id: str) -> bool:
+        """Whether a client has answered, or is left out without an answer."""
+        return client_id in self.weights or client_id in self.left_out or client_id in self.held
+
+
+@dataclass
+class ServerState:
+    """
+    Where a server's run stands. As a dictionary (`dataclasses.asdict`) it is plain JSON.
+
+    Args:
+        run_id (`str`, *optional*, defaults to `""`):
+            Names the run.
+        open (`OpenRound`, *optional*):
+            The open round, if there is one.
+        last_round (`dict[str, int]`, *optional*):
+            Per client, the last round that counted for it.
+        history (`list[dict]`, *optional*):
+            One entry per finished round.
+        schedule_start (`int`, *optional*, defaults to `0`):
+            Local steps that the learning rate schedule has behind it when the open or next round begins.
+    """
+
+    run_id: str = ""
+    open: OpenRound | None = None
+    last_round: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    schedule_start: int = 0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ServerState":
+        """The state that `dataclasses.asdict` made a dictionary of."""
+        open_round = values["open"]
+        return cls(**{**values, "open": None if open_round is None else OpenRound(**open_round)})
+
+    @property
+    def rounds_done(self) -> int:
+        """Finished rounds. It is also the index of the round that is open or comes next."""
+        return len(self.history)
+
+    def names(self, client_id: str) -> bool:
+        """Whether a client is named in what is known of finished rounds."""
+        return client_id in self.last_round or any(names_client(record, client_id) for record in self.history)
+
+
+def split_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors named `part|key`, by part and key."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, key = name.rpartition("|")
+        parts.setdefault(part, {})[key] = tensor
+    return parts
+
+
+def check_same_shapes(saved: Mapping[str, torch.Tensor], current: Mapping[str, torch.Tensor]) -> None:
+    """
+    Checks that saved tensors can take the place of the current ones.
+
+    Raises:
+        `ValueError`: a name or a shape differs.
+    """
+    for key in sorted(saved.keys() | current.keys()):
+        there, here = (list(tensors[key].shape) if key in tensors else None for tensors in (saved, current))
+        if there != here:
+            raise ValueError(
+                f"{key!r} has the shape {there} in that state, and {here} here. It is of another base model, adapter "
+                "or rank."
+            )
