@@ -5,7 +5,8 @@ from .config import FederatedConfig
 from .hub import list_clients, load_personalized_model, push_federation
 from .partition import describe_partition, partition_by_column, partition_dirichlet, partition_iid
 from .peft_config import FedSALoraConfig, FedSAVeraConfig
-from .trainer import FederatedMixin, FederatedTrainer
+from .sft_trainer import FederatedTrainer
+from .trainer import FederatedMixin
 
 __version__ = "0.1.0"
 

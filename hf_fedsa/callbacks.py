@@ -1,14 +1,11 @@
-"""Round events, the progress bar, and the callback that drives the rounds from the Trainer's own events."""
+"""The public events of rounds, the progress bar, and the Trainer's events as those of rounds."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-
-if TYPE_CHECKING:
-    from .trainer import FederatedMixin
 
 
 class FederatedCallback(TrainerCallback):
@@ -40,41 +37,63 @@ class FederatedCallback(TrainerCallback):
 
 
 class RoundCallback(TrainerCallback):
-    """Turns the Trainer's events into rounds and waves. The trainer adds it itself, before the user's callbacks."""
+    """
+    Turns the Trainer's events into those of rounds. The trainer adds it itself, before the user's callbacks.
 
-    def __init__(self, trainer: "FederatedMixin"):
-        self.trainer = trainer
+    Args:
+        begin_run, begin_round, begin_step, end_step, end_round, end_run (`Callable[[], None]`):
+            Called at the beginning and the end of training, of an epoch and of a step.
+        is_among_processes (`Callable[[], bool]`):
+            Whether each of several processes knows its own clients alone while a round is open.
+        is_in_round (`Callable[[], bool]`):
+            Whether a round is open.
+    """
+
+    def __init__(
+        self,
+        *,
+        begin_run: Callable[[], None],
+        begin_round: Callable[[], None],
+        begin_step: Callable[[], None],
+        end_step: Callable[[], None],
+        end_round: Callable[[], None],
+        end_run: Callable[[], None],
+        is_among_processes: Callable[[], bool],
+        is_in_round: Callable[[], bool],
+    ):
+        self._begin_run, self._begin_round, self._begin_step = begin_run, begin_round, begin_step
+        self._end_step, self._end_round, self._end_run = end_step, end_round, end_run
+        self._is_among_processes, self._is_in_round = is_among_processes, is_in_round
         self._postponed = {"should_evaluate": False, "should_save": False}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_run()
+        self._begin_run()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_round()
+        self._begin_round()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_step()
+        self._begin_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.end_step()
+        self._end_step()
         self._postpone(control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        self.trainer.end_round()
+        self._end_round()
         self._postpone(control)
 
-    # In the middle of a round, each of several processes knows its own clients alone.
     def _postpone(self, control: TrainerControl) -> None:
         """Puts off to the round's end what needs all clients."""
-        if not self.trainer.spans_processes:
+        if not self._is_among_processes():
             return
         for name in self._postponed:
             due = getattr(control, name) or self._postponed[name]
-            self._postponed[name] = due and self.trainer.round_is_open
-            setattr(control, name, due and not self.trainer.round_is_open)
+            self._postponed[name] = due and self._is_in_round()
+            setattr(control, name, due and not self._is_in_round())
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.end_run()
+        self._end_run()
 
 
 class JITCheckpointAtStepEnd(TrainerCallback):

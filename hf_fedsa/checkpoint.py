@@ -2,12 +2,30 @@
 
 import json
 import logging
-import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from .checkpoint_folder import (
+    FORMAT,
+    STATE_FOLDER,
+    CheckpointError,
+    check_manifest,
+    newest_whole_checkpoint,
+    read_state,
+)
+from .client.local_optimizer import SCHEDULES_BY_METRIC
+from .client.runtime import ClientRuntime
+from .client.state import ClientState
+from .client.waves import Wave
+from .evaluation import EvaluationResults
+from .files import write_json, write_safetensors
+from .identity import FIXED, check_names_of_changes, find_changes
+from .server.server import Server
 
 
 def check_same_federation(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> None:
@@ -35,6 +53,8 @@ def brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
+
+logger = logging.getLogger(__name__)
 
 # Differences that a message names with both values.
 _MOST_SHOWN = 3

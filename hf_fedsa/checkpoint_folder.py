@@ -1,14 +1,13 @@
 """Folders of checkpoints: which are whole, which one to go on from, and which are deleted."""
 
 import json
-import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .files import file_sha256, write_json
 
 STATE_FOLDER = "federation_state"
 # Of what is in it.

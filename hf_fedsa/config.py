@@ -3,12 +3,15 @@
 import contextlib
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
+from .client.state import ClientSettings
 from .client.waves import LocalWork
 from .identity import check_names_of_changes
+from .server.state import ServerSettings
 
 # Adapters that train at the same time unless the user says otherwise. Four rows fill the wide matrix products of small
 # batches; beyond that, activations grow faster than the time saved on reading the base weights.
@@ -312,87 +315,32 @@ class FederatedConfig(SFTConfig):
         )
 
 
-def check_federation_size(args: FederatedConfig, num_clients: int) -> None:
-    if args.clients_per_round is not None and args.clients_per_round > num_clients:
-        raise ValueError(
-            f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower "
-            "it, or leave it out to train all of them in every round."
-        )
-    per_round = args.clients_per_round or num_clients
-    if args.min_clients_per_round > per_round:
-        raise ValueError(
-            f"`min_clients_per_round={args.min_clients_per_round}` is more than the {per_round} clients of a round, "
-            "so no round could count. Lower it."
-        )
+def server_settings(args: FederatedConfig, trains_shared: bool = True) -> ServerSettings:
+    """What the arguments tell the server."""
+    return ServerSettings(
+        seed=args.seed,
+        num_rounds=args.rounds,
+        clients_per_round=args.clients_per_round,
+        client_sampling=args.client_sampling,
+        min_clients_per_round=args.min_clients_per_round,
+        max_update_norm=args.max_update_norm,
+        trains_shared=trains_shared,
+    )
 
 
-def num_slots(args: FederatedConfig, num_clients: int) -> int:
-    per_process = math.ceil((args.clients_per_round or num_clients) / args.world_size)
-    return min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_process)
+def client_settings(args: FederatedConfig, trains_shared: bool = True) -> ClientSettings:
+    """What the arguments tell the clients."""
+    return ClientSettings(
+        seed=args.seed,
+        weighting=args.aggregation_weighting,
+        max_update_norm=None if args.max_update_norm == "auto" else args.max_update_norm,
+        sends_shared=trains_shared,
+    )
 
 
-def refuse_loss_scale(args: FederatedConfig, num_slots: int) -> None:
-    if args.fp16 and num_slots > 1:
-        raise ValueError(
-            f"`fp16=True` scales the losses of {num_slots} clients side by side by one number, so where one client's "
-            "gradients overflow, none of them takes its step. Set `bf16=True` or `parallel_clients=1`."
-        )
-
-
-def refuse_one_best_model(args: FederatedConfig) -> None:
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
-            "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
-        )
-    if args.save_strategy == SaveStrategy.BEST:
-        raise ValueError(
-            '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
-            "round ends."
-        )
-
-
-def refuse_packing(args: FederatedConfig) -> None:
-    if args.packing or args.eval_packing:
-        raise ValueError(
-            "`packing=True` joins rows into sequences that no longer say which client they are of. Set "
-            "`packing=False` (and leave `eval_packing` out); `train_sampling_strategy='group_by_length'` also saves "
-            "padding."
-        )
-
-
-def refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"One process cannot spread a federation over its {args.n_gpu} devices. Launch one process per device "
-            "(`accelerate launch --num_processes ...`), or make one visible (`CUDA_VISIBLE_DEVICES=0`)."
-        )
-    if args.padding_free:
-        raise ValueError(
-            "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
-            "`padding_free=False`."
-        )
-    if args.ignore_data_skip:
-        raise ValueError(
-            "`ignore_data_skip=True` would resume a round with other rows than those of the clients in training. "
-            "Leave it out: finding the place to go on from costs nothing here."
-        )
-    if args.rounds < 1:
-        raise ValueError(
-            f"`num_train_epochs={args.num_train_epochs}` leaves no round to train. Set `num_rounds` to at least 1."
-        )
-    if args.max_steps > 0:
-        raise ValueError(
-            f"`max_steps={args.max_steps}` would stop in the middle of a round, with some of its clients trained and "
-            "others not. Set `num_rounds` with `local_steps` or `local_epochs`."
-        )
-    if args.enable_jit_checkpoint and args.world_size > 1:
-        raise ValueError(
-            "`enable_jit_checkpoint=True` saves in the middle of a round, when each of several processes knows its "
-            "own clients alone. Leave it out: checkpoints at round ends (`save_strategy='epoch'`) are whole."
-        )
-    if args.train_sampling_strategy == "batch_rebalance":
-        raise ValueError(
-            "`train_sampling_strategy='batch_rebalance'` deals rows to processes, but rows belong to clients. Use "
-            "'random', 'sequential' or 'group_by_length'."
-        )
+def store_directory(args: FederatedConfig, spans_processes: bool) -> Path | None:
+    """Where clients wait that are not training. In memory if there is no such folder."""
+    if args.client_store_dir is not None:
+        return Path(args.client_store_dir)
+    # Where several processes take turns at a client, they find its B on the disk they have in common.
+    return Path(args.output_dir) / "client_store" if spans_processes else None

@@ -286,3 +286,53 @@ def check_names_of_changes(names: Iterable[str], known: Iterable[str] | None = N
                 f"`resume_with_changes` names {name!r}, which is no argument, no entry of the adapter's config, and "
                 f"none of {', '.join(sorted(set(_OTHERS.values())))}."
             )
+
+
+def describe_run(
+    *,
+    args: TrainingArguments,
+    rows_of: Mapping[str, Sequence[int]],
+    config: PeftConfig,
+    kind: str,
+    parameters: Mapping[str, torch.Tensor],
+    origin: str | None,
+    trains_shared: bool,
+    base_model: str,
+    base: Mapping[str, Any],
+    row_fingerprints: Mapping[str, str],
+    optimizer: Any,
+) -> dict[str, Any]:
+    """
+    All that the results of a run depend on.
+
+    Args:
+        args (`TrainingArguments`):
+            Its arguments.
+        rows_of (`Mapping[str, Sequence[int]]`), row_fingerprints (`Mapping[str, str]`):
+            Every client's rows, and their hashes.
+        config (`PeftConfig`), kind (`str`), parameters (`Mapping[str, torch.Tensor]`):
+            The adapter, its kind, and its tensors.
+        origin (`str`, *optional*), trains_shared (`bool`):
+            Hash of the shared tensors that a newcomer starts from, and whether they train.
+        base_model (`str`), base (`Mapping[str, Any]`):
+            Name and description of the base model.
+        optimizer (`Any`):
+            `optimizer_cls_and_kwargs`.
+    """
+    client_ids = sorted(rows_of)
+    return {
+        "method": kind,
+        "client_ids": client_ids,
+        "r": config.r,
+        "tensors": {key: list(p.shape) for key, p in parameters.items()},
+        "share_modules_to_save": args.share_modules_to_save,
+        "origin": origin,
+        "trains_shared": trains_shared,
+        "base_model": base_model,
+        "base": base,
+        "num_rows": {client_id: len(rows_of[client_id]) for client_id in client_ids},
+        "rows": row_fingerprints,
+        "optimizer": plain(optimizer),
+        "adapter": describe_adapter(config),
+        "arguments": describe_arguments(args),
+    }

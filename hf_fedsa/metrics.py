@@ -1,7 +1,8 @@
 """Mean and spread over clients; a round's record and its log line."""
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -114,3 +115,13 @@ def spread(by_name: Mapping[str, list[Any]], prefix: str) -> dict[str, float]:
             for key, number in over_clients(values).items():
                 logs[f"{prefix}_{name}" if key == "mean" else f"{prefix}_{name}_{key}"] = number
     return {**logs, f"{prefix}_clients": max(map(len, by_name.values()))}
+
+
+def mean_over_rounds(history: Sequence[Mapping[str, Any]]) -> float:
+    """Mean training loss over rounds and clients."""
+    return fmean(loss for record in history for loss in record["losses"].values())
+
+
+def rounds_jsonl(history: Iterable[Mapping[str, Any]]) -> str:
+    """`rounds.jsonl`: one line per round."""
+    return "".join(json.dumps(record) + "\n" for record in history)

@@ -1,10 +1,13 @@
 """PEFT configs of the adapters that FedSA shares in part."""
 
 from dataclasses import dataclass
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, VeraConfig
+from peft import LoraConfig, PeftConfig, PeftModel, VeraConfig
+from transformers import PreTrainedModel
 
 from .client.parameters import adapter_kind
+from .client.slots import mutates_base
 
 
 def validate_peft_config(config: PeftConfig | None) -> None:
@@ -93,4 +96,23 @@ def check_peft_model(model: PeftModel) -> None:
         raise ValueError(
             "The `PeftModel` you passed has no trainable parameter. Load it with `PeftModel.from_pretrained(..., "
             "is_trainable=True)`."
+        )
+
+
+def check_model(model: Any) -> None:
+    """
+    Checks that a Trainer has made a model that clients can train.
+
+    Raises:
+        `TypeError`: it has no adapter, or a base that cannot be named.
+    """
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"The model is a `{type(model).__name__}` without an adapter, but only adapters are trained and "
+            "shared. Wrap it with `peft.get_peft_model` first."
+        )
+    if not isinstance(model.get_base_model(), PreTrainedModel):
+        raise TypeError(
+            f"The base model is a `{type(model.get_base_model()).__name__}`, but it must be a "
+            "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
         )

@@ -1,50 +1,38 @@
 """`FederatedTrainer`: the federated algorithm over TRL's `SFTTrainer`."""
 
-import contextlib
 import copy
 import dataclasses
-import functools
-import json
-import logging
-import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-from uuid import uuid4
-import numpy as np
-import pyarrow.compute
+
 import torch
-from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
-from huggingface_hub import CommitInfo, HfApi
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SaveStrategy, TrainOutput, speed_metrics
-from transformers.utils import PushInProgress
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
+
+from . import hub
+from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
+from .client.data import EMPTY_AFTER_TRUNCATION
+from .client.scoring import score_next_tokens
+from .config import FederatedConfig
+from .partition import is_transformed
+from .peft_config import validate_peft_config
+from .server.sampling import ClientSampler
+from .tensors import clone_tensors, tensors_sha256
+from .trainer import FederatedMixin
 
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
@@ -240,6 +228,42 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         trainer._start_from(origin, train_shared)
         return trainer
 
+    def _start_from(self, origin: hub.Origin, train_shared: bool) -> None:
+        """Starts from another federation's A, and trains it or not."""
+        expected = self._slots.select(0, "shared")
+        for key in sorted(expected.keys() | origin.shared.keys()):
+            here, there = (list(t[key].shape) if key in t else None for t in (expected, origin.shared))
+            if here != there:
+                raise ValueError(
+                    f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
+                    "needed. Leave `model` out to use the base they were trained on."
+                )
+        frozen = self._frozen_tensors
+        if frozen and tensors_sha256(frozen) != origin.federation["frozen_sha256"]:
+            raise ValueError(
+                "The adapter's constant projections, drawn here from `projection_prng_key`, are not those that the "
+                "shared tensors were trained with. Use the version of torch that `federation.json` names."
+            )
+        self._server.shared = clone_tensors({key: origin.shared[key] for key in self._server.shared})
+        self._server.initial_shared = clone_tensors(self._server.shared)
+        origin.restore_patterns(self.model.peft_config.values())
+        client = self._client
+        if origin.local is not None:
+            if differing := sorted(client.initial_local.keys() ^ origin.local.keys()):
+                raise ValueError(
+                    f"The adapter to start from (`init_local`) differs from this one in {differing[0]!r}."
+                )
+            client.initial_local = {key: origin.local[key].to(t.dtype) for key, t in client.initial_local.items()}
+        self._slots.load(0, self._server.shared, client.initial_local)
+        if not train_shared:
+            self._slots.freeze("shared")
+            self._server.settings = replace(self._server.settings, trains_shared=False)
+        self._origin = {
+            "shared_sha256": tensors_sha256(origin.shared),
+            "rounds_done": origin.federation["rounds_done"],
+            "clients": sorted(origin.federation["clients"]),
+        }
+
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         if self._skip_prepare_dataset:
             return dataset
@@ -329,7 +353,7 @@ def _check_completions_fit(
             continue
         tokenizer = load_tokenizer(model, args, tokenizer)
         if not any(_num_prompt_tokens(tokenizer, row["prompt"], template) < args.max_length for row in rows):
-            raise ValueError(_EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=args.max_length))
+            raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=args.max_length))
 
 
 def _num_prompt_tokens(tokenizer: Any, prompt: str | list[dict[str, str]], chat_template: str | None) -> int:

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from .messages import Broadcast, ClientInfo, Tensors, Update
-from .server import Server
+from .server.server import Server
 
 
 class Host(Protocol):
@@ -34,7 +34,10 @@ class Transport(Protocol):
         """Makes ready for a run."""
 
     def expected_rounds(self) -> list[tuple[str, ...]] | None:
-        """Clients of the rounds to come. `None` if they are not known here."""
+        """Clients of every round of the run, those done included. `None` if they are not known here."""
+
+    def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
+        """Checks, as the run begins, that all who take part have the same rounds in mind."""
 
     def schedule(self) -> tuple[int, int | None]:
         """Local steps that the learning rate schedule has behind it, and its length if it has one."""
@@ -68,7 +71,11 @@ class InProcess:
         pass
 
     def expected_rounds(self) -> list[tuple[str, ...]]:
-        return self.server.planned_rounds()
+        done = [self.server.sample(index) for index in range(self.server.state.rounds_done)]
+        return done + self.server.planned_rounds()
+
+    def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
+        pass
 
     def schedule(self) -> tuple[int, int | None]:
         return self.server.state.schedule_start, self.server.schedule_steps()
@@ -88,6 +95,7 @@ class InProcess:
         """
         if problem := self.server.all_left_out():
             raise RuntimeError(problem)
+        self.server.withdraw()
         return self.server.end_round(seconds, step)
 
     def close(self) -> None:
@@ -117,7 +125,7 @@ class AcrossProcesses(InProcess):
     def _sum(self, flat):
         return self.accelerator.reduce(flat.to(self.accelerator.device), reduction="sum").cpu()
 
-    def check_same_plan(self, rounds: Sequence[Sequence[str]]) -> None:
+    def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
         """
         Compares the rounds that are planned here to those of the other processes.
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_fedsa import FederatedConfig, FedSALoraConfig
+from hf_fedsa import FedSALoraConfig, FederatedConfig
 
 WORDS = (
     "the a cat dog bird sat ran flew on under over mat tree house red blue green big small and then it was very happy "

@@ -9,7 +9,7 @@ from test_invariants import weights_of
 from transformers import TrainerCallback
 
 from hf_fedsa import FederatedTrainer
-from hf_fedsa.checkpoint import CheckpointError
+from hf_fedsa.checkpoint_folder import CheckpointError
 from hf_fedsa.client.store import ClientStoreError
 
 

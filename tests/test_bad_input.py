@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from hf_fedsa import FederatedMixin, FederatedTrainer
-from hf_fedsa.checkpoint import CheckpointError
+from hf_fedsa.checkpoint_folder import CheckpointError
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import os
 
 import pytest
 
-from hf_fedsa.checkpoint import (
-    STATE_FOLDER,
+from hf_fedsa.checkpoint import check_same_federation
+from hf_fedsa.checkpoint_folder import (
     CheckpointError,
-    RunState,
+    STATE_FOLDER,
     check_manifest,
-    check_same_federation,
     delete_older_checkpoints,
     make_room,
     newest_whole_checkpoint,

@@ -11,11 +11,12 @@ from conftest import make_args, make_lora
 from datasets import Dataset, Value
 
 from hf_fedsa import FederatedConfig, identity
-from hf_fedsa.checkpoint import STATE_FOLDER, CheckpointError, RunState, check_changes, check_position, write_manifest
+from hf_fedsa.checkpoint import check_changes, check_position
+from hf_fedsa.checkpoint_folder import CheckpointError, STATE_FOLDER, write_manifest
 from hf_fedsa.files import write_json
 from hf_fedsa.identity import (
-    FIXED,
     Change,
+    FIXED,
     check_names_of_changes,
     defaults_of,
     describe_adapter,

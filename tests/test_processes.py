@@ -16,7 +16,7 @@ from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
 from hf_fedsa import processes
-from hf_fedsa.client.waves import LocalWork, plan_round
+from hf_fedsa.client.waves import LocalWork
 from hf_fedsa.run_lock import _start_of
 from hf_fedsa.server.sampling import sample_clients
 

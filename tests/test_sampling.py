@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from hf_fedsa.client.waves import LocalWork, match_lengths, plan_round
+from hf_fedsa.client.waves import LocalWork, match_lengths
 from hf_fedsa.seeds import derive_seed
 from hf_fedsa.server.sampling import sample_clients
 

@@ -28,7 +28,7 @@ class ClientRows:
             Training rows, as the user passed them.
         column (`str`):
             Column that names the client of a row.
-        wants_many (`bool`):
+        expects_names (`bool`):
             Whether the arguments leave no doubt that there is more than one client.
         unseen (`bool`, *optional*, defaults to `False`):
             Whether there may be evaluation rows of clients that never train.
@@ -37,8 +37,8 @@ class ClientRows:
         `TypeError`, `ValueError`: the rows do not say which clients there are, or a client has none.
     """
 
-    def __init__(self, train_dataset: Any, column: str, *, wants_many: bool, unseen: bool = False):
-        self.column, self.wants_many, self.unseen = column, wants_many, unseen
+    def __init__(self, train_dataset: Any, column: str, *, expects_names: bool, unseen: bool = False):
+        self.column, self.expects_names, self.unseen = column, expects_names, unseen
         # One dataset, which the Trainer prepares as it would any.
         self.joined = self.as_one_dataset(train_dataset, "train_dataset")
         self.are_named = column in self.joined.column_names
@@ -72,7 +72,7 @@ class ClientRows:
         if len(dataset) == 0:
             raise ValueError(f"`{name}` has no rows.")
         if self.column not in dataset.column_names:
-            if self.wants_many:
+            if self.expects_names:
                 raise ValueError(
                     f"`{name}` has no column `{self.column}` to tell the clients apart, only: "
                     f"{', '.join(dataset.column_names)}. Set `client_column` to one of those, or pass a dictionary "

@@ -71,15 +71,15 @@ class ClientRuntime:
 
     # A round
 
-    def open(self, broadcast: Broadcast, client_ids: Sequence[str]) -> None:
+    def open(self, client_ids: Sequence[str], broadcast: Broadcast) -> None:
         """
         Plans a round. If it is open already, of a run that was resumed, it goes on. Nobody is loaded yet.
 
         Args:
-            broadcast ([`Broadcast`]):
-                What the server has sent.
             client_ids (`Sequence[str]`):
                 Those of the round's clients that are trained here, by this process or another of the same run.
+            broadcast ([`Broadcast`]):
+                What the server has sent.
         """
         state = self.state
         self.broadcast = broadcast
@@ -118,8 +118,14 @@ class ClientRuntime:
         return self.round.waves[self.state.waves_done]
 
     @property
-    def has_waves_left(self) -> bool:
-        return self.state.waves_done < len(self.round.waves)
+    def has_finished(self) -> bool:
+        """Whether all waves of the open round are done."""
+        return self.state.round_open and self.state.waves_done == len(self.round.waves)
+
+    @property
+    def has_answered(self) -> bool:
+        """Whether a client of the open round has returned an update or a fault."""
+        return bool(self.state.returned or self.state.left_out)
 
     @property
     def step_seed(self) -> int:
@@ -392,6 +398,25 @@ class ClientRuntime:
         placed = self.adapter_of(client_id, sent)
         return {key: t for key, t in self.slots.take(0).items() if not torch.equal(t, placed[key].to(t.dtype))}
 
+    def replace_local(self, client_id: str, tensors: Tensors, of_everyone: bool) -> None:
+        """
+        Changes what a client keeps, or where every client starts.
+
+        Args:
+            client_id (`str`):
+                The client.
+            tensors (`dict[str, torch.Tensor]`):
+                What is to change.
+            of_everyone (`bool`):
+                Whether nobody has trained yet, so that all clients start from it.
+        """
+        if of_everyone:
+            self.initial_local = {**self.initial_local, **tensors}
+            return
+        changed = {**self.local_of(client_id), **tensors}
+        round_index = self.state.counted.setdefault(client_id, BEFORE)
+        self.stores.clients.put(client_id, round_index, changed)
+
     # Saving
 
     def copy_stores(self, folder: Path) -> None:
@@ -402,7 +427,8 @@ class ClientRuntime:
             of_round = [state.round_index] if client_id in state.returned else []
             self._copy(folder, "clients", client_id, before + of_round)
             if self.optimizer.keeps:
-                self._copy(folder, "optimizers", client_id, (before if client_id in state.with_optimizer else []) + of_round)
+                of_optimizer = before if client_id in state.with_optimizer else []
+                self._copy(folder, "optimizers", client_id, of_optimizer + of_round)
 
     def _copy(self, folder: Path, store: StoreName, client_id: str, rounds: Sequence[int]) -> None:
         self.stores.save(folder, store, client_id, rounds, lambda: self.where_else(store, client_id))

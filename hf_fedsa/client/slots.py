@@ -68,13 +68,13 @@ class Slots:
         self.model = model
         first = next(iter(model.peft_config))
         self.config = model.peft_config[first]
-        self.method = adapter_kind(self.config)
+        self.kind = adapter_kind(self.config)
         self.names: tuple[str, ...] = (first, *(f"slot_{index}" for index in range(1, num_slots)))
         refuse_tied(adapter_tensors(model, first))
         self.parameters: list[dict[str, nn.Parameter]] = [adapter_parameters(model, first)]
         modules_to_save = getattr(self.config, "modules_to_save", None)
         self.share_of: dict[str, Share] = {
-            key: classify(key, self.method, modules_to_save, share_modules_to_save) for key in self.parameters[0]
+            key: classify(key, self.kind, modules_to_save, share_modules_to_save) for key in self.parameters[0]
         }
         self._trained = {key for key, parameter in self.parameters[0].items() if parameter.requires_grad}
         self._frozen: set[str] = set()

@@ -54,6 +54,7 @@ class AsTheTrainer:
     """
 
     plans_rounds = False
+    noise: ClientNoise | None = None
 
     def __init__(self, slots: Slots):
         self.slots = slots

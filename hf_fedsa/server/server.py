@@ -166,6 +166,10 @@ class Server:
             later = [state.open.num_steps] * (num_rounds - state.rounds_done - 1)
         return state.schedule_start + state.open.num_steps + sum(later)
 
+    def sample(self, round_index: int) -> tuple[str, ...]:
+        """Clients of a round if all are available, whether or not it has been."""
+        return self._plan(round_index)
+
     def _longest(self, client_ids: Collection[str]) -> int:
         return max(self.clients[client_id].num_steps for client_id in client_ids)
 
@@ -345,6 +349,12 @@ class Server:
             f"{fault}. A and every B are as they were before the round, and so is what was saved. If losses are not "
             "finite, lower `learning_rate` or look at the rows. If rows cannot be read, the log says why."
         )
+
+    def withdraw(self) -> None:
+        """Takes the round back from clients that have not answered and were sent nothing: it has been cut short."""
+        open_round = self._open_round()
+        unanswered = sum(not open_round.has_answer(client_id) for client_id in open_round.client_ids)
+        open_round.bytes_down -= unanswered * count_bytes(self.sent())
 
     def end_round(self, seconds: float, step: int | None = None) -> dict[str, Any] | None:
         """

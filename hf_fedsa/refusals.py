@@ -1,0 +1,117 @@
+"""What arguments, rows and a Trainer cannot do together, said before a model loads."""
+
+import math
+
+from transformers.trainer_utils import SaveStrategy
+
+from .client.data import ClientRows
+from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+
+
+def check_federation(args: FederatedConfig, rows: ClientRows) -> int:
+    """
+    Checks that arguments and clients go together.
+
+    Returns:
+        `int`: clients that can train at the same time in a process.
+
+    Raises:
+        `ValueError`: they do not.
+    """
+    num_clients = len(rows.client_ids)
+    check_federation_size(args, num_clients)
+    if rows.are_named:
+        refuse_one_best_model(args)
+    images = {"image", "images"} & set(rows.joined.column_names)
+    if images and num_clients > 1:
+        raise ValueError(
+            f"`train_dataset` has a column `{images.pop()}`, but image batches cannot be divided by client: their "
+            "pixels do not come one entry per row. Train on text, or one client at a time."
+        )
+    return num_slots(args, num_clients)
+
+
+def check_federation_size(args: FederatedConfig, num_clients: int) -> None:
+    if args.clients_per_round is not None and args.clients_per_round > num_clients:
+        raise ValueError(
+            f"`clients_per_round={args.clients_per_round}` is more than the {num_clients} clients there are. Lower "
+            "it, or leave it out to train all of them in every round."
+        )
+    per_round = args.clients_per_round or num_clients
+    if args.min_clients_per_round > per_round:
+        raise ValueError(
+            f"`min_clients_per_round={args.min_clients_per_round}` is more than the {per_round} clients of a round, "
+            "so no round could count. Lower it."
+        )
+
+
+def num_slots(args: FederatedConfig, num_clients: int) -> int:
+    per_process = math.ceil((args.clients_per_round or num_clients) / args.world_size)
+    return min(args.parallel_clients or DEFAULT_PARALLEL_CLIENTS, per_process)
+
+
+def refuse_loss_scale(args: FederatedConfig, num_slots: int) -> None:
+    if args.fp16 and num_slots > 1:
+        raise ValueError(
+            f"`fp16=True` scales the losses of {num_slots} clients side by side by one number, so where one client's "
+            "gradients overflow, none of them takes its step. Set `bf16=True` or `parallel_clients=1`."
+        )
+
+
+def refuse_one_best_model(args: FederatedConfig) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "`load_best_model_at_end=True` would put one client's weights in place of all of them. Save at every "
+            "evaluation (`save_strategy` and `eval_strategy` alike) and load the checkpoint you prefer."
+        )
+    if args.save_strategy == SaveStrategy.BEST:
+        raise ValueError(
+            '`save_strategy="best"` needs one best model, but every client has its own. Use "epoch" to save at '
+            "round ends."
+        )
+
+
+def refuse_packing(args: FederatedConfig) -> None:
+    if args.packing or args.eval_packing:
+        raise ValueError(
+            "`packing=True` joins rows into sequences that no longer say which client they are of. Set "
+            "`packing=False` (and leave `eval_packing` out); `train_sampling_strategy='group_by_length'` also saves "
+            "padding."
+        )
+
+
+def refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"One process cannot spread a federation over its {args.n_gpu} devices. Launch one process per device "
+            "(`accelerate launch --num_processes ...`), or make one visible (`CUDA_VISIBLE_DEVICES=0`)."
+        )
+    if args.padding_free:
+        raise ValueError(
+            "`padding_free=True` flattens a batch into one row, in which clients cannot be told apart. Set "
+            "`padding_free=False`."
+        )
+    if args.ignore_data_skip:
+        raise ValueError(
+            "`ignore_data_skip=True` would resume a round with other rows than those of the clients in training. "
+            "Leave it out: finding the place to go on from costs nothing here."
+        )
+    if args.rounds < 1:
+        raise ValueError(
+            f"`num_train_epochs={args.num_train_epochs}` leaves no round to train. Set `num_rounds` to at least 1."
+        )
+    if args.max_steps > 0:
+        raise ValueError(
+            f"`max_steps={args.max_steps}` would stop in the middle of a round, with some of its clients trained and "
+            "others not. Set `num_rounds` with `local_steps` or `local_epochs`."
+        )
+    if args.enable_jit_checkpoint and args.world_size > 1:
+        raise ValueError(
+            "`enable_jit_checkpoint=True` saves in the middle of a round, when each of several processes knows its "
+            "own clients alone. Leave it out: checkpoints at round ends (`save_strategy='epoch'`) are whole."
+        )
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise ValueError(
+            "`train_sampling_strategy='batch_rebalance'` deals rows to processes, but rows belong to clients. Use "
+            "'random', 'sequential' or 'group_by_length'."
+        )
