@@ -17,11 +17,31 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from hf_fedsa import FederatedTrainer, files, hub, processes, run_lock
+from hf_fedsa import (
+    FederatedTrainer,
+    chat_template,
+    files,
+    folder,
+    hub,
+    identity,
+    other_trainers,
+    processes,
+    run_lock,
+    trackers,
+)
 from hf_fedsa import trainer as trainer_module
 from hf_fedsa.client.store import DiskClientStore
 
-# One private name that the trainer certainly sets on itself, for a test that collects them all.
+# What the package knows of others
+
+CONFIG_OF_TRAINER = other_trainers._CONFIG_OF
+TRAINERS_THAT_GENERATE_ROWS = other_trainers._GENERATE_ROWS
+TRACKERS_THAT_UPLOAD = frozenset(trackers._UPLOADERS)
+SETTINGS_OF_PROCESSORS = frozenset(folder._SETTINGS)
+MULTIPLE_OF_CLONED_VOCABULARIES = chat_template._VOCABULARY_MULTIPLE
+ARGUMENTS_WITHOUT_EFFECT = identity._WITHOUT_EFFECT
+PREFIXES_OF_ARGUMENTS_WITHOUT_EFFECT = identity._PREFIXES_WITHOUT_EFFECT
+# A private name that the trainer certainly has, for a test that collects them all.
 A_NAME_OF_THE_TRAINER = "_slots"
 
 # Slots
