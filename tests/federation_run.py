@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+import inside
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from safetensors.torch import save_file
@@ -41,7 +42,7 @@ class Look(TrainerCallback):
         for client_id in CLIENTS:
             try:
                 self.trainer.client_state_dict(client_id)
-                with self.trainer._alone(), self.trainer.use_client(client_id):
+                with inside.without_gathering(self.trainer), self.trainer.use_client(client_id):
                     loader = self.trainer.get_eval_dataloader(client_id)
                     found = self.trainer.evaluation_loop(loader, description="", prediction_loss_only=True)
             except RuntimeError as error:

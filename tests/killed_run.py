@@ -12,12 +12,14 @@ import time
 import traceback
 from pathlib import Path
 
+import inside
+import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
-from hf_fedsa import FederatedTrainer, files, trainer
+from hf_fedsa import FederatedTrainer
 
 DURATION = 0.0  # Seconds that a whole run takes.
 
@@ -36,23 +38,20 @@ def install(point: str, federation: FederatedTrainer) -> None:
     if point == "step":
         federation.add_callback(InAStep())
     elif point == "between_b_and_a":
-        close = federation._close_round
-        # At this point the clients' B are in the store and A is the old one.
-        federation._close_round = lambda: die() if len(federation._progress.history) == 1 else close()
+        inside.before_closing_round(federation, lambda: die() if len(federation.round_history) == 1 else None)
     elif point == "checkpoint":
-        write = files._replace_atomically
 
-        def half(path: Path, fill) -> None:
+        def half(path: Path) -> None:
             if "checkpoint-8" in str(path) and "server" in path.name:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 (path.parent / f".{path.name}.half.tmp").write_bytes(b"half a file")
                 die()
-            write(path, fill)
 
-        files._replace_atomically = half
+        inside.before_writing_file(pytest.MonkeyPatch(), half)
     elif point == "manifest":
-        write_manifest = trainer.write_manifest
-        trainer.write_manifest = lambda path: die() if path.name == "checkpoint-8" else write_manifest(path)
+        inside.before_writing_manifest(
+            pytest.MonkeyPatch(), lambda checkpoint: die() if checkpoint.name == "checkpoint-8" else None
+        )
     elif point.startswith("random_"):
         threading.Timer(float(point.removeprefix("random_")) * DURATION, die).start()
 

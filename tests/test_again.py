@@ -2,6 +2,7 @@
 
 import json
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
@@ -38,7 +39,7 @@ def make_trainer(directory, seed=0, callbacks=(), **arguments):
 
 def edit(trainer, value=0.3):
     with torch.no_grad():
-        for parameter in trainer._slots.select(0, "shared").values():
+        for parameter in inside.slot_parameters(trainer, 0, "shared").values():
             parameter.fill_(value)
 
 
@@ -127,10 +128,10 @@ def test_clients_that_a_failed_resume_has_replaced_are_not_gone_on_from(tmp_path
     trainer = make_trainer(tmp_path, save_strategy="epoch")
     trainer.train()
 
-    def fail(checkpoint):
+    def fail():
         raise OSError("unreadable")
 
-    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", fail)
+    inside.before_reading_optimizer(monkeypatch, trainer, fail)
     with pytest.raises(OSError, match="unreadable"):
         trainer.train(resume_from_checkpoint=True)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows
@@ -418,7 +419,7 @@ class TestRowsThatTruncationEmpties:
         with pytest.raises(ValueError, match="Client 'client_1' has no row left.*`max_length=6`.*Raise `max_length`"):
             self.build(data, tmp_path, tokenizer, max_length=6)
         trainer = self.build(data, tmp_path, tokenizer, max_length=7)
-        assert {client_id: len(rows) for client_id, rows in trainer._rows_of.items()} == {"client_0": 1, "client_1": 1}
+        assert inside.num_rows(trainer) == {"client_0": 1, "client_1": 1}
 
     def test_all_clients_emptied_is_the_same_error(self, tmp_path, tokenizer):
         rows = Dataset.from_dict({"prompt": ["one two three four five six"], "completion": [" seven"]})

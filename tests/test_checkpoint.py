@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, max_difference
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_fedsa import FederatedConfig, FederatedTrainer
-from hf_fedsa.checkpoint_folder import CheckpointError, write_manifest
+from hf_fedsa.checkpoint import CheckpointError
 from hf_fedsa.client.parameters import adapter_tensors
 
 
@@ -448,9 +449,8 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
         if written:
             raise Interrupted
         written.append(checkpoint)
-        write_manifest(checkpoint)
 
-    monkeypatch.setattr("hf_fedsa.trainer.write_manifest", dying)
+    inside.before_writing_manifest(monkeypatch, dying)
     with pytest.raises(Interrupted):
         make().train()
     monkeypatch.undo()
@@ -461,14 +461,14 @@ def test_no_checkpoint_is_deleted_before_the_next_one_is_whole(tmp_path, tokeniz
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
 
     # Written again, the only one there is stays until the new one is whole.
-    monkeypatch.setattr("hf_fedsa.trainer.write_manifest", dying)
+    inside.before_writing_manifest(monkeypatch, dying)
     with pytest.raises(Interrupted):
-        resumed._save_checkpoint(resumed.model, None)
+        inside.save_checkpoint(resumed)
     monkeypatch.undo()
     again = make()
     again.train(resume_from_checkpoint=True)
     assert_same_run(again, resumed)
-    again._save_checkpoint(again.model, None)
+    inside.save_checkpoint(again)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-9"]
 
 
@@ -481,8 +481,7 @@ def test_a_checkpoint_holds_all_that_was_written_with_it_and_nothing_else(tmp_pa
     assert not [name for name in strange if (tmp_path / name).exists()]
     resumed, whole = make_trainer(tmp_path, tokenizer, "waves"), make_trainer(tmp_path / "whole", tokenizer, "waves")
     # As where every process draws other numbers for what is not loaded.
-    resumed._initial_shared = {key: tensor + 1 for key, tensor in resumed._initial_shared.items()}
-    resumed._initial_local = {key: tensor + 1 for key, tensor in resumed._initial_local.items()}
+    inside.add_to_initial_tensors(resumed, 1)
     resumed.train(resume_from_checkpoint=True)
     whole.train()
     assert_same_run(resumed, whole)
@@ -492,10 +491,10 @@ def test_a_plain_run_after_a_failed_resume_starts_from_the_beginning(tmp_path, t
     interrupted(tmp_path, tokenizer)
     trainer = make_trainer(tmp_path, tokenizer, "waves")
 
-    def fail(checkpoint):
+    def fail():
         raise OSError("unreadable")
 
-    monkeypatch.setattr(trainer, "_load_optimizer_and_scheduler", fail)
+    inside.before_reading_optimizer(monkeypatch, trainer, fail)
     with pytest.raises(OSError, match="unreadable"):
         trainer.train(resume_from_checkpoint=True)
     monkeypatch.undo()
@@ -568,14 +567,14 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path, tokenizer, inside
 def test_clients_in_training_are_told_apart_within_use_client(tmp_path, tokenizer):
     class Look(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if trainer._slot_of:
+            if inside.clients_in_slots(trainer):
                 outside = {c: trainer.client_state_dict(c) for c in trainer.client_ids}
                 with trainer.use_client("client_2"), trainer.use_client("client_1"):
-                    inside = {c: trainer.client_state_dict(c) for c in trainer.client_ids}
+                    within = {c: trainer.client_state_dict(c) for c in trainer.client_ids}
                     with trainer.use_client("client_0") as model:
                         served = adapter_tensors(model, "default")
                         assert max_difference(outside["client_0"], {k: served[k] for k in outside["client_0"]}) == 0
-                assert all(max_difference(outside[c], inside[c]) == 0 for c in trainer.client_ids)
+                assert all(max_difference(outside[c], within[c]) == 0 for c in trainer.client_ids)
                 looked.append(state.global_step)
 
     looked = []

@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import accelerate
+import inside
 import peft.import_utils
 import pytest
 import torch
@@ -39,7 +40,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer, chat_template, folder, other_trainers, trackers
+from hf_fedsa import FederatedTrainer
 from hf_fedsa.client.scoring import score_next_tokens
 from hf_fedsa.folder import is_known_processing_file
 from hf_fedsa.trainer import FederatedMixin
@@ -186,13 +187,13 @@ def test_preference_trainers_prepare_rows_by_these_arguments(trainer):
     )
 
 
-@pytest.mark.parametrize(("name", "config"), other_trainers._CONFIG_OF.items())
+@pytest.mark.parametrize(("name", "config"), inside.CONFIG_OF_TRAINER.items())
 def test_what_is_known_of_other_trainers_is_known_by_their_names(name, config):
     origin = transformers if name == "Seq2SeqTrainer" else trl
     assert getattr(origin, name).__name__ == name and getattr(origin, config).__name__ == config
 
 
-@pytest.mark.parametrize("name", other_trainers._GENERATE_ROWS)
+@pytest.mark.parametrize("name", inside.TRAINERS_THAT_GENERATE_ROWS)
 def test_trainers_that_keep_generated_rows_are_known_by_their_names(name):
     assert "self._buffered_inputs" in inspect.getsource(getattr(trl, name)._prepare_inputs)
 
@@ -269,7 +270,7 @@ def test_the_trainers_own_names_are_free_upstream(tokenizer, tmp_path):
     taken = own & {*dir(SFTTrainer), *vars(trainer)}
     expected = {name for _, name in overrides()} | CLASS_ATTRIBUTES.keys()
     assert taken - expected == set(), f"hf_fedsa's {sorted(taken - expected)} now mean something to SFTTrainer."
-    assert "_slots" in own
+    assert inside.A_NAME_OF_THE_TRAINER in own
 
 
 # The training loop
@@ -926,7 +927,7 @@ def test_the_fused_head_is_a_wrapper_of_the_classes_forward_on_the_instance(toke
 
 def test_a_cloned_chat_template_fills_the_vocabulary_up():
     default = inspect.signature(trl.clone_chat_template).parameters["resize_to_multiple_of"].default
-    assert default == chat_template._VOCABULARY_MULTIPLE, (
+    assert default == inside.MULTIPLE_OF_CLONED_VOCABULARIES, (
         "hf_fedsa says before the model loads whether a chat template adds tokens."
     )
 
@@ -1176,7 +1177,7 @@ def overriding(event):
 
 def test_trackers_that_can_upload_are_known():
     """`trackers.py` refuses or stills those that upload what holds clients. A new one needs a rule there."""
-    known = set(trackers._UPLOADERS)
+    known = inside.TRACKERS_THAT_UPLOAD
     assert overriding("on_push_begin") == {"trackio"}
     assert overriding("on_save") - known == {"trackio", "swanlab"}, "these two upload nothing on this event"
     uploading = {
@@ -1216,7 +1217,7 @@ def test_every_vocabulary_of_transformers_is_known():
     names = {name for found in tables for table in found for name in re.findall(r': "([^"]+)"', table)}
     assert len(names) > 15
     assert {name for name in names if not is_known_processing_file(name)} == set()
-    known = set(folder._SETTINGS)
+    known = inside.SETTINGS_OF_PROCESSORS
     for name in ("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"):
         assert getattr(transformers.utils, name) in known
     assert transformers.utils.AUDIO_TOKENIZER_NAME in known

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
@@ -26,10 +27,10 @@ class Corrupt(TrainerCallback):
         self.client_id, self.value, self.kind, self.step = client_id, value, kind, step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step and self.client_id in self.trainer._slot_of:
-            slot = self.trainer._slot_of[self.client_id]
+        if state.global_step == self.step and self.client_id in inside.clients_in_slots(self.trainer):
+            slot = inside.slot_of(self.trainer, self.client_id)
             with torch.no_grad():
-                for key, parameter in self.trainer._slots.parameters[slot].items():
+                for key, parameter in inside.slot_parameters(self.trainer, slot).items():
                     if self.kind in key:
                         parameter.fill_(self.value) if self.value != self.value else parameter.mul_(self.value)
 
@@ -175,10 +176,10 @@ class Attacker(TrainerCallback):
         self.client_id, self.last_step = client_id, last_step
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        slot = self.trainer._slot_of.get(self.client_id)
-        if slot is not None and self.trainer._progress.wave_steps == self.last_step:
+        slot = inside.slot_of(self.trainer, self.client_id)
+        if slot is not None and inside.wave_steps(self.trainer) == self.last_step:
             with torch.no_grad():
-                for parameter in self.trainer._slots.select(slot, "shared").values():
+                for parameter in inside.slot_parameters(self.trainer, slot, "shared").values():
                     parameter.mul_(100)
 
 
@@ -204,7 +205,7 @@ class TestOutliers:
             trainer.train()
             assert [list(entry["left_out"]) for entry in trainer.round_history] == [["client_1"]] * 3
             assert max_difference(trainer.shared_state_dict(), expected.shared_state_dict()) < 1e-4 * max(1, rate)
-            assert not trainer._held
+            assert not inside.updates_held_back(trainer)
 
     def test_it_is_judged_alike_after_a_resume_in_the_middle_of_the_round(self, base_dir, tmp_path):
         def make(output_dir):
@@ -277,12 +278,12 @@ class Unreadable:
 
     @staticmethod
     def install(trainer, client_id, only_round=None, only_row=None):
-        rows = trainer._rows_of[client_id]
+        rows = inside.rows_of(trainer, client_id)
         rows = set(rows if only_row is None else [rows[only_row]])
 
         def read(batch):
             numbers = batch.pop("number")
-            now = trainer._progress.rounds_done
+            now = len(trainer.round_history)
             if rows & set(numbers) and only_round in (None, now):
                 raise OSError("the disk is gone")
             return batch
@@ -330,7 +331,7 @@ class TestUnreadableRows:
     def test_all_of_them(self, base_dir, tmp_path, caplog):
         trainer = make_trainer(base_dir, tmp_path, Unreadable.clients(), num_rounds=1)
         for client_id in trainer.client_ids:
-            rows = trainer._rows_of[client_id]
+            rows = inside.rows_of(trainer, client_id)
             assert rows
 
         def read(batch):

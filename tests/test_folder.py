@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
@@ -156,9 +157,7 @@ class TestTrainer:
         trainer.save_model()
         old = read_saved(tmp_path / "out").federation["shared_sha256"]
         shutil.copytree(tmp_path / "out", tmp_path / "old")
-        for key in trainer._shared:
-            trainer._shared[key] = trainer._shared[key] + 1
-        trainer._slots.load(0, trainer._shared)
+        inside.add_to_shared(trainer, 1)
         seen, rename = [], 0
         while True:
             shutil.rmtree(tmp_path / "out")
@@ -186,9 +185,7 @@ class TestTrainer:
     def test_a_client_loads_from_a_save_that_was_cut_short(self, base_dir, tmp_path, monkeypatch):
         trainer = make_trainer(base_dir, tmp_path)
         trainer.save_model()
-        for key in trainer._initial_local:
-            trainer._initial_local[key] = trainer._initial_local[key] + 1
-        trainer._slots.load(0, trainer._initial_local)
+        inside.add_to_initial_local(trainer, 1)
         calls = 1
         while not list(tmp_path.glob(".saved.*")):
             with killed_at(monkeypatch, calls):

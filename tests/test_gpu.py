@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
@@ -65,7 +66,7 @@ def test_qlora_side_by_side_moves_as_one_after_the_other(base, tmp_path):
     ends = {}
     for parallel in (1, 4):
         trainer = train(base, tmp_path / str(parallel), quantization, bf16=True, parallel_clients=parallel)
-        ends[parallel], start = trainer.shared_state_dict(), trainer._initial_shared
+        ends[parallel], start = trainer.shared_state_dict(), inside.initial_shared(trainer)
     moved = sum(float((ends[1][key] - start[key]).square().sum()) for key in start) ** 0.5
     apart = sum(float((ends[1][key] - ends[4][key]).square().sum()) for key in start) ** 0.5
     # In bf16 the order of a sum shows, but far below what training has moved.

@@ -4,6 +4,7 @@ import copy
 import functools
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
@@ -28,7 +29,7 @@ def make_trainer(folder, **kwargs):
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     trainer = make_trainer(tmp_path_factory.mktemp("run"))
-    assert len(trainer._slots) == 3
+    assert inside.num_slots(trainer) == 3
     trainer.train()
     return trainer
 
@@ -124,5 +125,5 @@ class TestCopies:
             forward = layer(model).forward
             assert isinstance(forward, functools.partial) and forward.args[0] is layer(model)
             assert forward.args[1].__self__ is layer(model)
-        assert layer(copied[0]).forward.args[3] is not trainer._slots._routing
+        assert layer(copied[0]).forward.args[3] is not inside.routing_of(trainer)
         assert layer(copied[0]).forward.args[3].active_rows is None

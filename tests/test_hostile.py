@@ -10,6 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model, push_federation
 from hf_fedsa.files import file_sha256
-from hf_fedsa.hub import _Remote, load_origin, read_saved
+from hf_fedsa.hub import load_origin, read_saved
 from hf_fedsa.tensors import tensors_sha256
 
 
@@ -345,7 +346,7 @@ def test_whatever_is_changed_it_loads_or_says_why_not(saved, name):
     def publish():
         found = read_saved(saved)
         files, _ = found.files(
-            _Remote("head"),
+            inside.empty_repository("head"),
             repo_id="me/fed",
             published=found.client_ids[:1],
             name_clients=False,

@@ -2,6 +2,7 @@
 
 import json
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
@@ -93,7 +94,7 @@ def test_a_quantized_federation_loads_as_stock_peft_loads_it(base_dir, inputs, t
     monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     trainer, logits = train(base_dir, tmp_path, inputs, quantization_config=quantization)
-    assert trainer._slots.take(0, "local").popitem()[1].dtype == torch.bfloat16
+    assert inside.slot_tensors(trainer, 0, "local").popitem()[1].dtype == torch.bfloat16
     for client_id, expected in logits.items():
         ours = load_personalized_model(tmp_path, client_id, quantization_config=quantization, dtype=torch.float32)
         base = AutoModelForCausalLM.from_pretrained(base_dir, quantization_config=quantization, dtype=torch.float32)

@@ -5,18 +5,18 @@ import functools
 import json
 from enum import Enum
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora
 from datasets import Dataset, Value
 
-from hf_fedsa import FederatedConfig, identity
-from hf_fedsa.checkpoint import check_changes, check_position
-from hf_fedsa.checkpoint_folder import CheckpointError, STATE_FOLDER, write_manifest
+from hf_fedsa import FederatedConfig
+from hf_fedsa.checkpoint import STATE_FOLDER, CheckpointError, RunState, check_changes, check_position, write_manifest
 from hf_fedsa.files import write_json
 from hf_fedsa.identity import (
-    Change,
     FIXED,
+    Change,
     check_names_of_changes,
     defaults_of,
     describe_adapter,
@@ -108,8 +108,8 @@ class TestArguments:
 
     def test_every_exception_is_an_argument(self):
         fields = {field.name for field in dataclasses.fields(FederatedConfig)}
-        assert identity._WITHOUT_EFFECT <= fields, "An argument of transformers or TRL is gone."
-        for prefix in identity._PREFIXES_WITHOUT_EFFECT:
+        assert inside.ARGUMENTS_WITHOUT_EFFECT <= fields, "An argument of transformers or TRL is gone."
+        for prefix in inside.PREFIXES_OF_ARGUMENTS_WITHOUT_EFFECT:
             assert any(name.startswith(prefix) for name in fields)
 
     def test_an_adapter_is_its_settings(self):

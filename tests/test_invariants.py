@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import inside
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_fedsa import FedSAVeraConfig, FederatedCallback, FederatedConfig, FederatedTrainer
 from hf_fedsa.client.parameters import adapter_tensors
+from hf_fedsa.server.aggregation import WeightedMean
 from hf_fedsa.tensors import count_bytes
 
 
@@ -253,18 +255,16 @@ def test_a_client_keeps_its_b_whoever_trains_in_between(tmp_path, tokenizer, cli
         client_store_dir=str(tmp_path / "store") if store == "disk" else None,
     )
     at_load = {}
-    load = trainer._slots.load
 
-    def recording_load(slot, *tensors):
-        load(slot, *tensors)
-        at_load[slot] = trainer._slots.take(slot, "local")
+    def record(slot):
+        at_load[slot] = inside.slot_tensors(trainer, slot, "local")
 
-    trainer._slots.load = recording_load
+    inside.after_loading_slot(trainer, record)
 
     class AtFirstStep(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            for client_id, slot in trainer._slot_of.items():
-                if trainer._progress.wave_steps == 0:
+            for client_id, slot in inside.clients_in_slots(trainer).items():
+                if inside.wave_steps(trainer) == 0:
                     assert max_difference(at_load[slot], recorder.before[-1][client_id]) == 0
 
     trainer.add_callback(AtFirstStep())
@@ -286,7 +286,8 @@ def test_base_weights_and_projections_never_change_and_are_not_counted_as_traffi
     tmp_path, tokenizer, clients, peft_config
 ):
     trainer = make_trainer(tmp_path, tokenizer, clients, peft_config=peft_config)
-    trained = {id(p) for slot in trainer._slots.parameters for p in slot.values()}
+    slots = [inside.slot_parameters(trainer, slot) for slot in range(inside.num_slots(trainer))]
+    trained = {id(p) for slot in slots for p in slot.values()}
     frozen = {n: p for n, p in trainer.model.named_parameters() if id(p) not in trained}
     frozen |= {n: b for n, b in trainer.model.named_buffers() if "vera" in n}
     before = {name: tensor.detach().clone() for name, tensor in frozen.items()}
@@ -318,14 +319,12 @@ def test_a_is_the_weighted_mean_of_what_clients_returned(tmp_path, tokenizer, we
         num_rounds=1,
     )
     returned = {}
-    close = trainer._close_wave
 
-    def recording_close():
-        for client_id, slot in trainer._slot_of.items():
-            returned[client_id] = trainer._slots.take(slot, "shared")
-        close()
+    def record():
+        for client_id, slot in inside.clients_in_slots(trainer).items():
+            returned[client_id] = inside.slot_tensors(trainer, slot, "shared")
 
-    trainer._close_wave = recording_close
+    inside.around_closing_wave(trainer, before=record)
     trainer.train()
     weights = {c: float(len(rows)) if weighting == "examples" else 1.0 for c, rows in clients.items()}
     assert trainer.round_history[0]["weights"] == weights
@@ -373,7 +372,7 @@ def test_saved_adapters_load_with_stock_peft_and_give_the_trainers_logits(
 ):
     trainer = make_trainer(tmp_path, tokenizer, clients, peft_config=peft_config, model=model_dir, learning_rate=1e-2)
     with torch.no_grad():
-        for parameter in trainer._slots.parameters[0].values():
+        for parameter in inside.slot_parameters(trainer, 0).values():
             parameter.mul_(1.1)  # Not what an initialisation has taken out of the base.
     trainer.train()
     trainer.save_model()
@@ -395,28 +394,32 @@ def test_saved_adapters_load_with_stock_peft_and_give_the_trainers_logits(
 # 9. What was sent differs from what was received and equals the live weights.
 
 
-def test_what_is_sent_differs_from_what_is_received_and_equals_the_live_weights(tmp_path, tokenizer, clients):
+def test_what_is_sent_differs_from_what_is_received_and_equals_the_live_weights(
+    tmp_path, tokenizer, clients, monkeypatch
+):
     trainer = make_trainer(tmp_path, tokenizer, clients)
-    received, sent = [], []
-    close, open_ = trainer._close_wave, trainer._open_wave
+    received, sent, live = [], [], []
 
-    def recording_open(wave):
-        open_(wave)
-        received.append([trainer._slots.take(slot, "shared") for slot in range(len(wave.client_ids))])
+    def record_received(client_ids):
+        received.append([inside.slot_tensors(trainer, slot, "shared") for slot in range(len(client_ids))])
         assert all(max_difference(got, trainer.shared_state_dict()) == 0 for got in received[-1])
 
-    def recording_close():
-        live = [
-            {key: p.detach().clone() for key, p in trainer._slots.select(slot, "shared").items()}
-            for slot in trainer._slot_of.values()
+    def record_live():
+        live[:] = [
+            {key: p.detach().clone() for key, p in inside.slot_parameters(trainer, slot, "shared").items()}
+            for slot in inside.clients_in_slots(trainer).values()
         ]
-        add = trainer._mean.add
-        trainer._mean.add = lambda tensors, weight: (sent.append(tensors), add(tensors, weight))
-        close()
+
+    def compare():
         for tensors, expected in zip(sent[-len(live) :], live, strict=True):
             assert max_difference(tensors, expected) == 0
 
-    trainer._open_wave, trainer._close_wave = recording_open, recording_close
+    add = WeightedMean.add
+    monkeypatch.setattr(
+        WeightedMean, "add", lambda self, tensors, weight: (sent.append(tensors), add(self, tensors, weight))
+    )
+    inside.after_opening_wave(trainer, record_received)
+    inside.around_closing_wave(trainer, before=record_live, after=compare)
     trainer.train()
     first_round = zip(received[0], sent[:4], strict=True)
     assert all(max_difference(got, returned) > 1e-5 for got, returned in first_round)

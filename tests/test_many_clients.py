@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+import inside
 import pytest
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from transformers import TrainerCallback
@@ -45,15 +46,13 @@ def test_only_clients_that_have_trained_are_on_the_disk(trained):
 
 
 def test_memory_holds_no_client_that_is_not_training(trained):
-    assert not [value for value in vars(trained._clients).values() if isinstance(value, dict)]
-    assert trained._slot_of == {}
+    assert not [value for value in vars(inside.client_store(trained)).values() if isinstance(value, dict)]
+    assert inside.clients_in_slots(trained) == {}
 
 
 def test_a_round_touches_its_own_clients_alone(trained, monkeypatch):
     touched = Counter()
-    get, put = type(trained._clients).get, type(trained._clients).put
-    monkeypatch.setattr(type(trained._clients), "get", lambda self, c: touched.update([c]) or get(self, c))
-    monkeypatch.setattr(type(trained._clients), "put", lambda self, c, t: touched.update([c]) or put(self, c, t))
+    inside.on_use_of_disk_stores(monkeypatch, lambda client_id: touched.update([client_id]))
     trained.args.save_strategy = "no"
     again = make_trainer(
         trained.args.output_dir + "_again", client_store_dir=trained.args.client_store_dir + "_again", num_rounds=2
@@ -92,7 +91,7 @@ def test_a_client_whose_file_is_gone_is_not_taken_for_a_new_one(trained, damage)
             lambda: trained.client_state_dict(client_id),
             lambda: trained.evaluate({client_id: make_rows(1, seed=0)}),
             trained.save_model,
-            lambda: trained._save_checkpoint(trained.model, trial=None),
+            lambda: inside.save_checkpoint(trained),
         ):
             with pytest.raises(ClientStoreError, match=f"{client_id}.*{path} .*{newest} is whole and has one"):
                 read()

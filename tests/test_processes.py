@@ -10,14 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import inside
 import pytest
 from conftest import max_difference
 from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
 from hf_fedsa import processes
-from hf_fedsa.client.waves import LocalWork
-from hf_fedsa.run_lock import _start_of
+from hf_fedsa.client.waves import LocalWork, plan_round
 from hf_fedsa.server.sampling import sample_clients
 
 # Sums are taken in another order by several processes. Adam would make full steps of what that changes.
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_all_processes(tmp_path):
 def test_no_process_outlives_its_launcher(tmp_path):
     with running(tmp_path) as (launcher, workers, log):
         launcher.kill()
-        wait_until(lambda: not any(_start_of(pid) for pid in workers.values()), seconds=20)
+        wait_until(lambda: not any(inside.is_running(pid) for pid in workers.values()), seconds=20)
         assert f"the launcher that started it (process {launcher.pid}) has died" in log.read_text()
 
 
@@ -194,7 +194,7 @@ def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
     with running(tmp_path, ddp_timeout=3, num_rounds=1000) as (_, workers, log):
         os.kill(workers[1], signal.SIGSTOP)
         wait_until(lambda: "ProcessTimeoutError" in log.read_text(), seconds=30)
-        wait_until(lambda: _start_of(workers[0]) is None, seconds=20)
+        wait_until(lambda: not inside.is_running(workers[0]), seconds=20)
     # Stopped at the end of a step, it is as far as the one that waits.
     found = re.search(
         r"(\w+ \w+) does not answer: process 0 has waited for 3 seconds \(`ddp_timeout`\)", log.read_text()
@@ -205,7 +205,7 @@ def test_a_process_that_hangs_does_not_keep_the_others_waiting(tmp_path):
 class TestLauncher:
     @pytest.fixture(autouse=True)
     def orphan(self, monkeypatch):
-        monkeypatch.setattr(processes, "_parent", -1)
+        inside.lose_launcher(monkeypatch)
         monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
 
     def test_a_process_without_one_goes_on_when_its_shell_ends(self, monkeypatch):
@@ -214,7 +214,7 @@ class TestLauncher:
 
     def test_a_fork_of_a_process_that_has_one_goes_on(self, monkeypatch):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-        monkeypatch.setattr(processes, "_this_process", -1)
+        inside.become_a_fork(monkeypatch)
         processes.exit_without_launcher()
 
 

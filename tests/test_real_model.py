@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import inside
 import pytest
 import torch
 from conftest import make_args, make_lora
@@ -63,7 +64,7 @@ def test_clients_learn_their_own_form_and_load_with_stock_peft(base, tmp_path):
         others = trainer.evaluate(dict.fromkeys(clients, trainer.eval_dataset[owner]), metric_key_prefix="cross")
         assert min(clients, key=lambda client_id: others[f"cross_{client_id}_loss"]) == owner
 
-    shared = trainer._slots.select(0, "shared")
+    shared = inside.slot_parameters(trainer, 0, "shared")
     assert all(entry["bytes_up"] == len(clients) * count_bytes(shared) for entry in trainer.round_history)
 
     trainer.save_model()

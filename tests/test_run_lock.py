@@ -1,13 +1,13 @@
 """One run at a time in a folder, also after one that was killed, and across machines that share a disk."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
 import threading
 import time
 
+import inside
 import pytest
 from conftest import make_args, make_lora, make_model, make_rows, max_difference
 from test_invariants import weights_of
@@ -80,7 +80,7 @@ class TestOneMachine:
             assert json.loads((tmp_path / LOCK).read_text())["pid"] == child
             os.kill(child, signal.SIGKILL)
             # Dead, but nobody has asked for its status yet.
-            while run_lock._start_of(child) is not None:
+            while inside.is_running(child):
                 time.sleep(0.001)
             again = lock(tmp_path)
             again.acquire()
@@ -187,29 +187,17 @@ class TestTwoMachines:
         held = lock(tmp_path)
         held.acquire()
         rewrite(tmp_path / LOCK, machine="elsewhere", host="node7")
-        beats = threading.Event()
-        owner = run_lock._Owner.read_path(tmp_path / LOCK)
-        thread = threading.Thread(target=run_lock._beat, args=(owner, [tmp_path / LOCK], beats))
-        thread.start()
-        try:
-            with pytest.raises(RunLockError, match="on node7"):
-                lock(tmp_path).acquire()
-        finally:
-            beats.set()
-            thread.join()
+        with inside.kept_alive(tmp_path / LOCK), pytest.raises(RunLockError, match="on node7"):
+            lock(tmp_path).acquire()
 
     @pytest.mark.parametrize("here", ["this", None], ids=["linux", "no_linux"])
     def test_one_that_is_silent_is_taken_over_and_stops_when_it_wakes(self, tmp_path, quick, monkeypatch, here):
         if here is None:
-            monkeypatch.setattr(run_lock, "_machine", lambda: None)
+            inside.hide_machine(monkeypatch)
         first = lock(tmp_path)
         first.acquire()
-        first._released.set()  # As if it were suspended.
-        path = tmp_path / LOCK
-        elsewhere = dataclasses.replace(first._owner, machine="elsewhere" if here else None, host="node7")
-        first._owner = elsewhere
-        with open(path, "r+") as file:
-            elsewhere.write(file)
+        inside.suspend(first)
+        inside.move_to(first, tmp_path / LOCK, machine="elsewhere" if here else None, host="node7")
         second = lock(tmp_path)
         second.acquire()
         with pytest.raises(RunLockError, match="has been taken over by .*It stops here"):

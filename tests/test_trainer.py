@@ -6,6 +6,7 @@ import json
 import math
 import sys
 
+import inside
 import numpy as np
 import pytest
 import torch
@@ -249,7 +250,7 @@ class TestFormats:
     def test_every_format_of_sft_trains_and_evaluates(self, make_trained, make_rows_of):
         data = two_clients(make_rows_of)
         trainer = make_trained(data, eval_dataset=data, num_rounds=1, local_steps=2)
-        assert {client_id: len(rows) for client_id, rows in trainer._rows_of.items()} == {"client_0": 4, "client_1": 3}
+        assert inside.num_rows(trainer) == {"client_0": 4, "client_1": 3}
         assert has_trained(trainer, "client_0") and has_trained(trainer, "client_1")
         metrics = trainer.evaluate()
         assert metrics["eval_loss"] == pytest.approx(
@@ -335,7 +336,7 @@ class TestFormsOfTheDataset:
         assert "client_id" not in trainer.train_dataset.column_names
         for client_id in trainer.client_ids:
             rows, expected_rows = (
-                t.train_dataset.select(t._rows_of[client_id])["input_ids"] for t in (trainer, expected)
+                t.train_dataset.select(inside.rows_of(t, client_id))["input_ids"] for t in (trainer, expected)
             )
             assert sorted(rows) == sorted(expected_rows)
             assert sorted(trainer.eval_dataset[client_id]["input_ids"]) == sorted(expected_rows)
@@ -598,7 +599,8 @@ class TestRowsAndSteps:
         after: list[dict[str, dict]] = []
 
         def take(trainer, **kwargs):
-            after.append({client_id: trainer._slots.take(slot) for client_id, slot in trainer._slot_of.items()})
+            training = inside.clients_in_slots(trainer).items()
+            after.append({client_id: inside.slot_tensors(trainer, slot) for client_id, slot in training})
 
         watch(trainer, on_step_begin=take)
         trainer.train()
@@ -757,7 +759,7 @@ class TestPrecisionAndMemory:
         layer.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
         trainer.train()
         assert dtypes == {torch.bfloat16}
-        assert {p.dtype for p in trainer._slots.parameters[0].values()} == {torch.float32}
+        assert {p.dtype for p in inside.slot_parameters(trainer, 0).values()} == {torch.float32}
         assert all(math.isfinite(loss) for loss in trainer.round_history[0]["losses"].values())
 
     def test_bf16_trains_alike_in_parallel_and_one_by_one(self, make_trained, three):
@@ -810,7 +812,7 @@ class TestClipping:
         """Client states after a round in which one slot's gradients are a thousand times as large."""
         trainer = make_trainer(data, **{**self.SETTINGS, **kwargs})
         if loud_slot is not None:
-            for parameter in trainer._slots.parameters[loud_slot].values():
+            for parameter in inside.slot_parameters(trainer, loud_slot).values():
                 parameter.register_hook(lambda gradient: gradient * 1000)
         trainer.train()
         return {client_id: trainer.client_state_dict(client_id) for client_id in data}
@@ -829,8 +831,8 @@ class TestClipping:
         norms = []
 
         def measure(trainer, **kwargs):
-            for parameters in trainer._slots.parameters:
-                gradients = [p.grad for p in parameters.values()]
+            for slot in range(inside.num_slots(trainer)):
+                gradients = [p.grad for p in inside.slot_parameters(trainer, slot).values()]
                 norms.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
 
         watch(trainer, on_pre_optimizer_step=measure)
@@ -893,12 +895,12 @@ class TestOptimizers:
         before, jumps = {}, []
 
         def measure(trainer, **kwargs):
-            if trainer._progress.wave_steps == 0:
-                before.update(trainer._slots.take(0, "local"))
+            if inside.wave_steps(trainer) == 0:
+                before.update(inside.slot_tensors(trainer, 0, "local"))
 
         def measure_after(trainer, **kwargs):
-            if trainer._progress.wave_open and trainer._progress.wave_steps == 1:
-                jumps.append(max_difference(before, trainer._slots.take(0, "local")))
+            if inside.wave_is_open(trainer) and inside.wave_steps(trainer) == 1:
+                jumps.append(max_difference(before, inside.slot_tensors(trainer, 0, "local")))
 
         watch(trainer, on_step_begin=measure, on_step_end=measure_after)
         trainer.train()
@@ -913,12 +915,12 @@ class TestOptimizers:
         returning = []
 
         def key_of(trainer, client_id):
-            state = trainer._take_optimizer_state(trainer._slot_of[client_id])
+            state = inside.optimizer_state(trainer, client_id)
             return {name: tensor for name, tensor in state.items() if name.endswith("|exp_avg_sq")}
 
         def begin(trainer, **kwargs):
-            if trainer._progress.wave_steps == 0:
-                for client_id in trainer._slot_of:
+            if inside.wave_steps(trainer) == 0:
+                for client_id in inside.clients_in_slots(trainer):
                     if client_id in left:
                         assert max_difference(left[client_id], key_of(trainer, client_id)) == 0
                         returning.append(client_id)
@@ -926,8 +928,7 @@ class TestOptimizers:
                         assert key_of(trainer, client_id) == {}
 
         def end(trainer, **kwargs):
-            for client_id in trainer._optimizers:
-                state = trainer._optimizers.get(client_id)
+            for client_id, state in inside.kept_optimizer_states(trainer).items():
                 left[client_id] = {name: t for name, t in state.items() if name.endswith("|exp_avg_sq")}
 
         watch(trainer, on_step_begin=begin, on_round_end=end)
@@ -1023,7 +1024,7 @@ class TestOptimizersThatCount:
         assert max_difference(weights_of(one), weights_of(parallel)) < 1e-6
         for trainer in (one, parallel):
             for client_id, steps in zip(unequal, (8, 6, 2), strict=True) if not reset else ():
-                kept = trainer._optimizers.get(client_id)
+                kept = inside.kept_optimizer_states(trainer)[client_id]
                 assert kept["group|0|number|k"].item() == steps
                 assert kept["group|0|tensor|step"].item() == steps
                 assert kept["group|0|number|weight_sum"].item() == sum([1 / 3] * steps)
@@ -1085,13 +1086,13 @@ class TestOptimizersThatCount:
         def serve(trainer, **kwargs):
             state = trainer.optimizer.optimizer.state
             used = {}
-            for client_id, slot in trainer._slot_of.items():
-                own = trainer._slots.parameters[slot].items()
+            for client_id, slot in inside.clients_in_slots(trainer).items():
+                own = inside.slot_parameters(trainer, slot).items()
                 used[client_id] = {k: p.detach().lerp(state[p].get("z", p.detach()), 1 - 1 / 0.9) for k, p in own}
             for client_id, tensors in used.items():
                 with trainer.use_client(client_id):
                     trainer.optimizer.eval()  # As the evaluation loop does.
-                    served.append(max_difference(tensors, trainer._slots.take(0)))
+                    served.append(max_difference(tensors, inside.slot_tensors(trainer, 0)))
                 local = trainer.client_state_dict(client_id)
                 served.append(max_difference(local, {key: tensors[key] for key in local}))
 
@@ -1604,7 +1605,7 @@ class TestCallbacks:
         (first, _), (second, _) = returned
         mean = {key: 0.75 * first[key] + 0.25 * second[key] for key in first}
         assert max_difference(mean, trainer.shared_state_dict()) < 1e-6
-        assert trainer._slot_of == {}
+        assert inside.clients_in_slots(trainer) == {}
 
     def test_a_stop_within_a_parallel_wave_keeps_what_was_trained(self, make_trainer, three):
         trainer = make_trainer(three, parallel_clients=3, local_steps=3)
@@ -1694,7 +1695,7 @@ class TestCallbacks:
         trainer = make_trainer(three, num_rounds=1, local_steps=1, parallel_clients=2, learning_rate=1e-9)
         start = {}
         with torch.no_grad():
-            for key, parameter in trainer._slots.parameters[0].items():
+            for key, parameter in inside.slot_parameters(trainer, 0).items():
                 start[key] = parameter.normal_().clone()
         shared = trainer.shared_state_dict()
         assert max_difference(shared, {key: start[key] for key in shared}) == 0
@@ -1706,14 +1707,14 @@ class TestCallbacks:
 
         before = trainer.client_state_dict("client_1")
         with torch.no_grad():
-            for key, parameter in trainer._slots.parameters[0].items():
+            for key, parameter in inside.slot_parameters(trainer, 0).items():
                 start[key] = parameter.fill_(0.5).clone()
         for read, expected in (("client_0", start), ("client_1", before)):
             local = trainer.client_state_dict(read)
             assert max_difference(local, {key: expected[key] for key in local}) == 0
         assert all((tensor == 0.5).all() for tensor in trainer.shared_state_dict().values())
         with trainer.use_client("client_1"):
-            assert max_difference(trainer._slots.take(0, "local"), before) == 0
+            assert max_difference(inside.slot_tensors(trainer, 0, "local"), before) == 0
 
     def test_clients_that_have_not_trained_start_there_after_a_resume_too(self, make_trainer, three):
         trainers = []
@@ -1726,7 +1727,7 @@ class TestCallbacks:
                 save_strategy="epoch",
             )
             with torch.no_grad():
-                for parameter in trainer._slots.parameters[0].values():
+                for parameter in inside.slot_parameters(trainer, 0).values():
                     parameter.fill_(0.25 if resume is None else 0.5)
             trainer.train(resume_from_checkpoint=resume and trainer.args.output_dir + "/checkpoint-1")
             trainers.append(trainer)
@@ -1744,25 +1745,25 @@ class TestReading:
             expected = {**trainer.shared_state_dict(), **trainer.client_state_dict(client_id)}
             with trainer.use_client(client_id) as model:
                 assert model is trainer.model
-                assert max_difference(expected, trainer._slots.take(0)) == 0
+                assert max_difference(expected, inside.slot_tensors(trainer, 0)) == 0
 
     def test_use_client_puts_the_slot_back(self, make_trained, three):
         trainer = make_trained(three)
-        before = trainer._slots.take(0)
+        before = inside.slot_tensors(trainer, 0)
         with trainer.use_client("client_2"):
-            assert max_difference(before, trainer._slots.take(0)) > 0
-        assert max_difference(before, trainer._slots.take(0)) == 0
+            assert max_difference(before, inside.slot_tensors(trainer, 0)) > 0
+        assert max_difference(before, inside.slot_tensors(trainer, 0)) == 0
         with pytest.raises(RuntimeError, match="inside"), trainer.use_client("client_2"):
             raise RuntimeError("inside")
-        assert max_difference(before, trainer._slots.take(0)) == 0
+        assert max_difference(before, inside.slot_tensors(trainer, 0)) == 0
 
     def test_contexts_of_two_clients_nest(self, make_trained, three):
         trainer = make_trained(three)
         with trainer.use_client("client_1"):
-            outer = trainer._slots.take(0)
+            outer = inside.slot_tensors(trainer, 0)
             with trainer.use_client("client_2"):
-                assert max_difference(outer, trainer._slots.take(0)) > 0
-            assert max_difference(outer, trainer._slots.take(0)) == 0
+                assert max_difference(outer, inside.slot_tensors(trainer, 0)) > 0
+            assert max_difference(outer, inside.slot_tensors(trainer, 0)) == 0
 
     @pytest.mark.parametrize("parallel", [1, 3])
     def test_use_client_in_a_callback_does_not_disturb_training(self, make_trained, make_trainer, three, parallel):
@@ -1772,12 +1773,12 @@ class TestReading:
         outputs: dict[str, list] = {client_id: [] for client_id in three}
 
         def read(trainer, **kwargs):
-            before = [trainer._slots.take(slot) for slot in range(len(trainer._slots))]
+            before = [inside.slot_tensors(trainer, slot) for slot in range(inside.num_slots(trainer))]
             for client_id in three:
                 with trainer.use_client(client_id) as model, torch.no_grad():
                     outputs[client_id].append(model(input_ids=ids).logits)
             for slot, tensors in enumerate(before):
-                assert max_difference(tensors, trainer._slots.take(slot)) == 0
+                assert max_difference(tensors, inside.slot_tensors(trainer, slot)) == 0
 
         watch(trainer, on_step_end=read)
         trainer.train()
@@ -1804,10 +1805,10 @@ class TestReading:
         checked = []
 
         def read(trainer, **kwargs):
-            for client_id, slot in trainer._slot_of.items():
-                live = trainer._slots.take(slot)
+            for client_id, slot in inside.clients_in_slots(trainer).items():
+                live = inside.slot_tensors(trainer, slot)
                 with trainer.use_client(client_id):
-                    assert max_difference(live, trainer._slots.take(0)) == 0
+                    assert max_difference(live, inside.slot_tensors(trainer, 0)) == 0
                 checked.append(client_id)
 
         watch(trainer, on_step_end=read)
@@ -2213,7 +2214,8 @@ HEAD = "base_model.model.score.weight"
 
 
 def has_trained_head(trainer, client_id: str) -> bool:
-    return max_difference({HEAD: trainer._initial_local[HEAD]}, {HEAD: trainer.client_state_dict(client_id)[HEAD]}) > 0
+    before, after = inside.initial_local(trainer), trainer.client_state_dict(client_id)
+    return max_difference({HEAD: before[HEAD]}, {HEAD: after[HEAD]}) > 0
 
 
 class Doubling(DataCollatorWithPadding):
@@ -2302,7 +2304,7 @@ class TestClassifier:
         assert torch.allclose(shared, sum(last) / 3, atol=1e-6)
         for client_id in data:
             with trainer.use_client(client_id):
-                assert torch.equal(trainer._slots.take(0)[HEAD], shared)
+                assert torch.equal(inside.slot_tensors(trainer, 0)[HEAD], shared)
 
     @pytest.mark.parametrize("share", [False, True], ids=["own heads", "shared heads"])
     @pytest.mark.parametrize("accumulation", [1, 2])
@@ -2328,7 +2330,7 @@ class TestClassifier:
     def test_a_loss_that_counts_no_items_is_averaged_over_the_clients_own_micro_batches(
         self, make, monkeypatch, parallel
     ):
-        monkeypatch.setattr(FederatedClassifier, "_get_num_items_in_batch", lambda self, batches, device: None)
+        inside.count_no_items(monkeypatch, FederatedClassifier)
         data = {f"client_{i}": labelled_rows(i, num_rows) for i, num_rows in enumerate((8, 2, 2))}
         settings = {"num_rounds": 1, "local_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0}
         # Two rows fill one micro-batch, so for these clients accumulation has nothing to accumulate.
