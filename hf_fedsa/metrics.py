@@ -1,7 +1,8 @@
 """Mean and spread over clients; a round's record and its log line."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -50,6 +51,11 @@ def round_metrics(
         "bytes_up": bytes_up,
         "seconds": round(seconds, 3),
     }
+
+
+def rounds_jsonl(rounds: Iterable[Mapping[str, Any]]) -> str:
+    """Contents of `rounds.jsonl`: one line per round."""
+    return "".join(json.dumps(entry) + "\n" for entry in rounds)
 
 
 def log_line(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -91,7 +91,8 @@ from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .evaluation import kept_in_precision
 from .faults import JUDGED_FROM, norm_and_change, outliers
 from .files import validate_client_ids, write_json, write_safetensors, write_text
-from .folder import saving
+from .hub.card import make_model_card
+from .hub.whole_folder import saving
 from .identity import (
     SCHEDULES_BY_METRIC,
     defaults_of,
@@ -102,7 +103,6 @@ from .identity import (
     row_fingerprints,
 )
 from .metrics import MOST_CLIENTS_IN_LOG, log_line, round_metrics, spread
-from .model_card import make_model_card
 from .other_trainers import check_trainer, prepare_rows, running_metrics_aside, take_running_metrics
 from .partition import is_transformed, join_clients, rows_by_client
 from .peft_config import validate_peft_config

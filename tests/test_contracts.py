@@ -39,9 +39,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 import hf_fedsa
-from hf_fedsa import FederatedTrainer, chat_template, folder, other_trainers, trackers
+from hf_fedsa import FederatedTrainer, chat_template, other_trainers, trackers
 from hf_fedsa.client.scoring import score_next_tokens
-from hf_fedsa.folder import is_known_processing_file
+from hf_fedsa.hub.processing_files import is_known_processing_file
 from hf_fedsa.trainer import FederatedMixin
 
 PACKAGE = Path(hf_fedsa.__file__).parent
@@ -1216,7 +1216,9 @@ def test_every_vocabulary_of_transformers_is_known():
     names = {name for found in tables for table in found for name in re.findall(r': "([^"]+)"', table)}
     assert len(names) > 15
     assert {name for name in names if not is_known_processing_file(name)} == set()
-    known = set(folder._SETTINGS)
-    for name in ("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"):
-        assert getattr(transformers.utils, name) in known
-    assert transformers.utils.AUDIO_TOKENIZER_NAME in known
+    for name in (
+        *("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"),
+        *("AUDIO_TOKENIZER_NAME", "CHAT_TEMPLATE_FILE", "LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE"),
+    ):
+        assert is_known_processing_file(getattr(transformers.utils.hub, name))
+    assert is_known_processing_file(f"{transformers.utils.hub.CHAT_TEMPLATE_DIR}/tool_use.jinja")

@@ -16,8 +16,9 @@ from transformers import BitsAndBytesConfig
 
 from hf_fedsa import FederatedTrainer
 from hf_fedsa.client.parameters import adapter_kind
-from hf_fedsa.hub import _only_named, _summarize_results, choose_clients, describe_federation, name_on_hub
-from hf_fedsa.model_card import make_model_card, summarize
+from hf_fedsa.hub.card import make_model_card, summarize
+from hf_fedsa.hub.publication import choose_clients, name_on_hub, only_named, summarize_results
+from hf_fedsa.hub.saving import describe_federation
 
 REPO = "me/fed"
 TOKEN = "hf_a_token_that_is_nobodys"
@@ -297,7 +298,7 @@ class TestWhatWasShared:
         assert "bytes" not in make_card(rounds=[])
 
     def test_clients_of_the_last_round_that_are_not_named_are_counted(self):
-        rounds = _only_named([make_round(0, {"north": 1.0, "hidden": 2.0, "other": 3.0})], {"north"})
+        rounds = only_named([make_round(0, {"north": 1.0, "hidden": 2.0, "other": 3.0})], {"north"})
         card = make_card(rounds=rounds, clients=make_clients("north"), num_clients=9)
         assert "3 clients received" in section(card, "What was shared")
         assert "hidden" not in card
@@ -400,7 +401,7 @@ class TestResults:
 
     def test_a_client_that_diverged_has_an_empty_cell(self):
         clients = {"north": make_client("north", results={"eval_loss": None}), "south": make_client("south", loss=2.0)}
-        results = _summarize_results(clients, named=clients)
+        results = summarize_results(clients, named=clients)
         _, rows = table(make_card(results=results, clients=clients), "Results")
         assert rows == [["north", "10", ""], ["south", "10", "2"]]
 
@@ -442,7 +443,7 @@ class TestResults:
 
     def test_of_newcomers_alone_none_is_left_out(self):
         clients = make_clients("clinic", "ward", loss=1.0, joined=True)
-        card = make_card(clients=clients, results=_summarize_results(clients, named=clients))
+        card = make_card(clients=clients, results=summarize_results(clients, named=clients))
         assert [row[0] for row in table(card, "Results")[1][:2]] == ["clinic", "ward"]
         assert "over 2 clients." in section(card, "Results")
 
@@ -710,7 +711,7 @@ class TestOnlyNamed:
     ROUNDS = [make_round(0, {"east": 7.0, "north": 1.0, "south": 2.0, "west": 6.0}), make_round(1, {"south": 4.0})]
 
     def test_others_are_counted_and_left_to_the_mean(self):
-        first, second = _only_named(self.ROUNDS, {"south"})
+        first, second = only_named(self.ROUNDS, {"south"})
         assert first["clients"] == ["south"]
         assert first["losses"] == {"south": 2.0}
         assert first["weights"] == {"south": 2.0}
@@ -722,44 +723,44 @@ class TestOnlyNamed:
         changed = copy.deepcopy(self.ROUNDS)
         for client_id in {"east", "north", "south", "west"} - names:
             changed[0]["losses"][client_id] = 99.0
-        assert _only_named(changed, names) == _only_named(self.ROUNDS, names)
-        assert [entry["num_clients"] for entry in _only_named(self.ROUNDS, names)] == [4, 1]
+        assert only_named(changed, names) == only_named(self.ROUNDS, names)
+        assert [entry["num_clients"] for entry in only_named(self.ROUNDS, names)] == [4, 1]
 
     def test_no_name_of_another_is_left(self):
-        text = json.dumps(_only_named(self.ROUNDS, {"south"}))
+        text = json.dumps(only_named(self.ROUNDS, {"south"}))
         assert "south" in text
         assert not any(name in text for name in ("east", "north", "west"))
-        nobody = json.dumps(_only_named(self.ROUNDS, set()))
+        nobody = json.dumps(only_named(self.ROUNDS, set()))
         assert not any(name in nobody for name in ("east", "north", "south", "west"))
 
     def test_an_entry_by_client_that_is_new_is_cut_too(self):
         rounds = [make_round(0, {"north": 1.0, "south": 2.0}, steps={"north": 3, "south": 4}, first={"north": 9.0})]
-        (only,) = _only_named(rounds, {"south"})
+        (only,) = only_named(rounds, {"south"})
         assert only["steps"] == {"south": 4}
         assert only["first"] == {}
 
     def test_all_else_stays(self):
-        for entry, before in zip(_only_named(self.ROUNDS, set()), self.ROUNDS, strict=True):
+        for entry, before in zip(only_named(self.ROUNDS, set()), self.ROUNDS, strict=True):
             for name in ("round", "bytes_down", "bytes_up", "seconds", "shared_sha256"):
                 assert entry[name] == before[name]
 
     def test_with_all_named_nothing_is_lost(self):
         for entry, before in zip(
-            _only_named(self.ROUNDS, {"east", "north", "south", "west"}), self.ROUNDS, strict=True
+            only_named(self.ROUNDS, {"east", "north", "south", "west"}), self.ROUNDS, strict=True
         ):
             assert before.items() <= entry.items()
 
     def test_what_it_is_given_is_not_changed(self):
         before = copy.deepcopy(self.ROUNDS)
-        _only_named(self.ROUNDS, set())
+        only_named(self.ROUNDS, set())
         assert before == self.ROUNDS
 
     def test_counts_that_are_there_already_are_kept(self):
         for names in ({"south"}, {"north", "south"}, set()):
-            once = _only_named(self.ROUNDS, names)
-            assert _only_named(once, names) == once
+            once = only_named(self.ROUNDS, names)
+            assert only_named(once, names) == once
             counts = [(entry["num_clients"], entry.get("loss")) for entry in once]
-            assert [(e["num_clients"], e.get("loss")) for e in _only_named(once, set())] == counts
+            assert [(e["num_clients"], e.get("loss")) for e in only_named(once, set())] == counts
 
 
 class TestSummarizeResults:
@@ -769,30 +770,30 @@ class TestSummarizeResults:
     }
 
     def test_with_all_named_it_is_over_all_of_them(self):
-        summary = _summarize_results(self.CLIENTS, named=self.CLIENTS)
+        summary = summarize_results(self.CLIENTS, named=self.CLIENTS)
         assert summary == {"eval_loss": summarize([1.0, 2.0, 4.0, 8.0, 16.0])}
 
     @pytest.mark.parametrize("named", [["a", "b", "c", "d"], ["a", "b", "c"]], ids=["one", "two"])
     def test_numbers_of_one_or_two_unnamed_clients_leave_no_trace(self, named):
-        summary = _summarize_results(self.CLIENTS, named)
+        summary = summarize_results(self.CLIENTS, named)
         assert summary == {"eval_loss": summarize([self.CLIENTS[name]["results"]["eval_loss"] for name in named])}
         changed = {c: entry if c in named else make_client(c, loss=99.0) for c, entry in self.CLIENTS.items()}
-        assert _summarize_results(changed, named) == summary
+        assert summarize_results(changed, named) == summary
 
     def test_three_unnamed_clients_are_in_the_mean_and_the_spread_and_no_extreme_is_told(self):
         every = summarize([1.0, 2.0, 4.0, 8.0, 16.0])
-        summary = _summarize_results(self.CLIENTS, ["a", "b"])
+        summary = summarize_results(self.CLIENTS, ["a", "b"])
         assert summary == {"eval_loss": {name: every[name] for name in ("mean", "std", "clients")}}
         assert summary["eval_loss"]["clients"] == 5
 
     @pytest.mark.parametrize("unnamed", [1, 2])
     def test_of_one_or_two_clients_that_are_all_unnamed_nothing_is_told(self, unnamed):
         clients = {name: self.CLIENTS[name] for name in list(self.CLIENTS)[:unnamed]}
-        assert _summarize_results(clients, named=[]) == {}
+        assert summarize_results(clients, named=[]) == {}
 
     def test_three_clients_that_are_all_unnamed_have_a_mean(self):
         clients = {name: self.CLIENTS[name] for name in ("a", "b", "d")}
-        summary = _summarize_results(clients, named=[])
+        summary = summarize_results(clients, named=[])
         assert summary["eval_loss"].keys() == {"mean", "std", "clients"}
         assert summary["eval_loss"]["mean"] == pytest.approx(11 / 3)
 
@@ -802,16 +803,16 @@ class TestSummarizeResults:
             "b": make_client("b", results={"eval_loss": None}),
             "c": make_client("c"),
         }
-        assert _summarize_results(clients, named=clients) == {"eval_loss": summarize([1.0])}
+        assert summarize_results(clients, named=clients) == {"eval_loss": summarize([1.0])}
 
     def test_a_metric_that_no_client_has_a_number_of_is_not_there(self):
         clients = {"b": make_client("b", results={"eval_loss": None})}
-        assert _summarize_results(clients, named=clients) == {}
+        assert summarize_results(clients, named=clients) == {}
 
     def test_the_card_tells_no_number_of_one_unnamed_client(self):
         named = ["a", "b", "c", "d"]
         clients = {name: self.CLIENTS[name] for name in named}
-        card = make_card(clients=clients, num_clients=5, results=_summarize_results(self.CLIENTS, named))
+        card = make_card(clients=clients, num_clients=5, results=summarize_results(self.CLIENTS, named))
         assert "over 4 clients." in section(card, "Results")
         assert "16" not in section(card, "Results")
 
