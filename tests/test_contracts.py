@@ -239,7 +239,7 @@ def is_set_on_self(node: ast.AST) -> bool:
 def private_attributes_used() -> set[str]:
     """Names like `_x` that hf_fedsa reads, calls or sets as attributes, or defines over upstream's."""
     used, own = set(), set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 used.add(node.attr)
@@ -1216,9 +1216,10 @@ def test_every_vocabulary_of_transformers_is_known():
     names = {name for found in tables for table in found for name in re.findall(r': "([^"]+)"', table)}
     assert len(names) > 15
     assert {name for name in names if not is_known_processing_file(name)} == set()
+    utils = transformers.utils
     for name in (
-        *("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"),
-        *("AUDIO_TOKENIZER_NAME", "CHAT_TEMPLATE_FILE", "LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE"),
+        *(utils.FEATURE_EXTRACTOR_NAME, utils.IMAGE_PROCESSOR_NAME, utils.VIDEO_PROCESSOR_NAME, utils.PROCESSOR_NAME),
+        *(utils.AUDIO_TOKENIZER_NAME, utils.hub.CHAT_TEMPLATE_FILE, utils.hub.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE),
+        f"{utils.hub.CHAT_TEMPLATE_DIR}/tool_use.jinja",
     ):
-        assert is_known_processing_file(getattr(transformers.utils.hub, name))
-    assert is_known_processing_file(f"{transformers.utils.hub.CHAT_TEMPLATE_DIR}/tool_use.jinja")
+        assert is_known_processing_file(name)

@@ -4,27 +4,26 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
-    "CARD": "whole_folder",
-    "CONFIG": "whole_folder",
     "FEDERATION": "whole_folder",
     "Origin": "loading",
-    "ROUNDS": "whole_folder",
-    "WEIGHTS": "whole_folder",
+    "Publisher": "publisher",
     "check_repository": "push",
     "choose_clients": "publication",
     "describe_federation": "saving",
     "list_clients": "loading",
     "load_origin": "loading",
     "load_personalized_model": "loading",
-    "make_model_card": "card",
     "name_on_hub": "publication",
+    "open_shared": "halves",
     "push_federation": "push",
     "push_saved": "push",
     "read_federation": "folder",
     "read_saved": "folder",
+    "save_client_half": "halves",
     "save_federation": "saving",
     "save_processing_class": "saving",
-    "warn_of_other_clients": "saving",
+    "save_server_half": "halves",
+    "warn_of_other_clients": "folder",
 }
 
 __all__ = list(_MODULES)

@@ -1,5 +1,6 @@
 """A federation on disk: written, read, checked."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,13 +9,14 @@ from typing import Any
 import torch
 
 from ..files import file_sha256, write_json, write_safetensors, write_text
-from ..metrics import rounds_jsonl
 from ..tensors import tensors_sha256
 from .card import make_model_card
 from .federation_file import read_federation_file, read_object, read_rounds
 from .processing_files import is_known_processing_file
 from .weights import load_checked
 from .whole_folder import CARD, CONFIG, FEDERATION, MIXTURE, ROUNDS, WEIGHTS, join_path, locate, locate_own
+
+logger = logging.getLogger(__name__)
 
 # Writing
 
@@ -28,10 +30,20 @@ def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[s
 
 
 def write_descriptions(directory: Path, federation: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> None:
-    """Writes `rounds.jsonl`, the model card and `federation.json`."""
-    write_text(directory / ROUNDS, rounds_jsonl(rounds))
+    """Writes the model card and `federation.json`."""
     write_text(directory / CARD, make_model_card(federation, rounds, repo_id=None))
     write_json(directory / FEDERATION, federation)
+
+
+def warn_of_other_clients(directory: Path, client_ids: Iterable[str]) -> None:
+    """Warns of clients in a folder that a save of these leaves as they are."""
+    saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
+    if others := sorted(saved - set(client_ids)):
+        logger.warning(
+            "%s also holds %s of an earlier run, made for another A. Remove them unless you want to keep them.",
+            directory / "clients",
+            ", ".join(others),
+        )
 
 
 # Reading

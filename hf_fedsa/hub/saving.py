@@ -1,8 +1,7 @@
 """A federation written from its model: contents of `federation.json`, and all files of the folder."""
 
 import json
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from transformers import PreTrainedModel
 from ..adapters import AdapterKind
 from ..client.parameters import adapter_tensors, as_plain_lora
 from ..client.slots import mutates_base
-from ..files import file_sha256
+from ..files import file_sha256, write_text
+from ..metrics import rounds_jsonl
 from ..tensors import tensors_sha256
 from .folder import write_adapter, write_descriptions
 from .publication import summarize_results
 from .saved_config import adapter_summary, as_json, config_dict, config_to_save
-
-logger = logging.getLogger(__name__)
+from .whole_folder import ROUNDS
 
 _VERSIONED = ("hf_fedsa", "peft", "transformers", "trl", "torch")
 
@@ -135,18 +134,8 @@ def save_federation(
             client_config, tensors = as_plain_lora(config, tensors, initial_tensors)
         path = write_adapter(directory / "clients" / client_id, config_dict(client_config), tensors)
         entries[client_id] = {**entry, "sha256": file_sha256(path)}
+    write_text(directory / ROUNDS, rounds_jsonl(rounds))
     write_descriptions(directory, {**federation, "clients": entries}, rounds)
-
-
-def warn_of_other_clients(directory: Path, client_ids: Iterable[str]) -> None:
-    """Warns of clients in a folder that a save of these leaves as they are."""
-    saved = {path.name for path in (directory / "clients").glob("*") if path.is_dir()}
-    if others := sorted(saved - set(client_ids)):
-        logger.warning(
-            "%s also holds %s of an earlier run, made for another A. Remove them unless you want to keep them.",
-            directory / "clients",
-            ", ".join(others),
-        )
 
 
 def save_processing_class(processing_class: Any, directory: Path) -> list[str]:
