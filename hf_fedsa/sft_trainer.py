@@ -23,11 +23,13 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from . import hub
 from .chat_template import chat_template_at, load_tokenizer, refuse_new_tokens
 from .client.data import EMPTY_AFTER_TRUNCATION
 from .client.scoring import score_next_tokens
 from .config import FederatedConfig
+from .hub.folder import read_federation
+from .hub.loading import Origin, load_origin
+from .hub.whole_folder import FEDERATION
 from .partition import is_transformed
 from .peft_config import validate_peft_config
 from .server.sampling import ClientSampler
@@ -190,7 +192,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         >>> newcomer.push_to_hub("me/gsm8k-fedsa", clients=["clinic"])
         ```
         """
-        origin = hub.load_origin(source, init_local, revision=revision, subfolder=subfolder, token=token)
+        origin = load_origin(source, init_local, revision=revision, subfolder=subfolder, token=token)
         column = getattr(args, "client_column", FederatedConfig.client_column)
         if isinstance(train_dataset, Dataset) and column not in train_dataset.column_names:
             train_dataset = {client_id: train_dataset}
@@ -228,7 +230,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         trainer._start_from(origin, train_shared)
         return trainer
 
-    def _start_from(self, origin: hub.Origin, train_shared: bool) -> None:
+    def _start_from(self, origin: Origin, train_shared: bool) -> None:
         """Starts from another federation's A, and trains it or not."""
         expected = self._slots.select(0, "shared")
         for key in sorted(expected.keys() | origin.shared.keys()):
@@ -310,9 +312,9 @@ def _as_federated_config(args: TrainingArguments | None, model: Any) -> Federate
 
 def _check_own_folder(args: FederatedConfig, train_dataset: Any) -> None:
     """A newcomer saved over the federation it comes from would take the place of its clients."""
-    if not (Path(args.output_dir) / hub.FEDERATION).is_file():
+    if not (Path(args.output_dir) / FEDERATION).is_file():
         return
-    others = sorted(hub.read_federation(Path(args.output_dir))["clients"].keys() - set(train_dataset or ()))
+    others = sorted(read_federation(Path(args.output_dir))["clients"].keys() - set(train_dataset or ()))
     if isinstance(train_dataset, Mapping) and others:
         raise ValueError(
             f"`output_dir={args.output_dir!r}` holds a federation with other clients, such as {others[0]!r}. Pass a "

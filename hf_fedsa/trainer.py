@@ -16,7 +16,7 @@ from uuid import uuid4
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -25,10 +25,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, speed_metrics
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, speed_metrics
 from transformers.utils import PushInProgress
 
-from . import hub
 from .callbacks import FederatedCallback, FederatedProgressCallback, JITCheckpointAtStepEnd, RoundCallback
 from .checkpoint import SavedRun, check_changes, check_position, save_run
 from .checkpoint_folder import (
@@ -54,11 +53,14 @@ from .client.waves import Round, WavePlanner, WholePasses
 from .config import FederatedConfig, client_settings, server_settings, store_directory
 from .evaluation import ClientMetrics, EvaluationResults, kept_in_precision
 from .files import write_text
-from .folder import saving
+from .hub.card import make_model_card
+from .hub.folder import warn_of_other_clients
+from .hub.publisher import Publisher
+from .hub.saving import describe_federation, save_federation
+from .hub.whole_folder import saving
 from .identity import defaults_of, describe_base, describe_run, row_fingerprints
 from .messages import ClientInfo, Update
 from .metrics import log_line, mean_over_rounds, rounds_jsonl
-from .model_card import make_model_card
 from .other_trainers import (
     check_trainer,
     prepare_rows,
@@ -82,7 +84,7 @@ from .run_lock import RunLock
 from .server.sampling import ClientSampler
 from .server.server import Server
 from .tensors import clone_tensors, tensors_sha256
-from .trackers import args_of_push_event, refuse_uploads_of_clients
+from .trackers import refuse_uploads_of_clients
 from .transport import AcrossProcesses, InProcess, Transport
 
 logger = logging.getLogger(__name__)
@@ -154,23 +156,10 @@ class FederatedMixin:
             refuse_another_sampler(self)
             # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
             args.average_tokens_across_devices = False
-        if args.push_to_hub:
-            published = self._published_clients(args)
-            if args.should_save:
-                hub.check_repository(
-                    _repository_name(args),
-                    clients=published,
-                    client_repositories=args.hub_client_repositories,
-                    private=args.hub_private_repo,
-                    token=args.hub_token,
-                    revision=args.hub_revision,
-                )
+        self._publisher = Publisher(args, self.client_ids, names_clients=rows.are_named)
+        self._publisher.check_permission()
         if rows.are_named:
-            refuse_uploads_of_clients(
-                args,
-                callbacks,
-                lambda: args.hub_clients is not None and len(self._published_clients(args)) == len(self.client_ids),
-            )
+            refuse_uploads_of_clients(args, callbacks, self._publisher.publishes_all)
         if not whole_passes:
             refuse_optimizer(args.optim, keeps_state=not resets, num_clients=len(self.client_ids))
 
@@ -277,20 +266,7 @@ class FederatedMixin:
         self._clock = time.perf_counter()
         # What is written of the federation
         self._origin: dict[str, Any] | None = None
-        self._card: dict[str, Any] = {}
-        self._push_is_due = False
-        self._pushed: set[str] = set()
-        self._processing_files: list[str] = []
-        self._hub_base_model = args.hub_base_model or hub.name_on_hub(_base_model_name(self.model))
-        if args.push_to_hub and args.should_save:
-            hub.check_repository(
-                self.hub_model_id,
-                private=args.hub_private_repo,
-                token=args.hub_token,
-                revision=args.hub_revision,
-                model=self.model,
-                hub_base_model=self._hub_base_model,
-            )
+        self._publisher.check_adapter(self.model, self.hub_model_id)
 
     # Rounds: an epoch of the Trainer is a round, and a step is a local step of every client in a slot
 
@@ -391,13 +367,13 @@ class FederatedMixin:
             self.log(log_line(record))
             self.control.should_log = should_log
         self._call_round_event("on_round_end", metrics=copy.deepcopy(record))
-        if self._push_is_due:
+        if self._publisher.is_due:
             self._push_progress()
 
     def _end_run(self) -> None:
         """Leaves the model with the first client's adapter. [`use_client`] switches to another."""
         self._end_round()
-        if self._push_is_due:
+        if self._publisher.is_due:
             self._finish_current_push()
             self._push_progress()
         if not self._rows.are_named:
@@ -831,7 +807,7 @@ class FederatedMixin:
             return
         self._save_federation(directory)
         if self.args.push_to_hub and not _internal_call and self.args.should_save:
-            self._push(directory, commit_message="Model save", revision=self.args.hub_revision)
+            self._publisher.push(directory, commit_message="Model save", on_push_begin=self._on_push_begin)
 
     def _save_federation(self, directory: Path) -> None:
         if self.spans_processes and self.round_is_open:
@@ -845,19 +821,17 @@ class FederatedMixin:
             if not self._rows.are_named:
                 super().save_model(str(directory), _internal_call=True)
             return
-        hub.warn_of_other_clients(directory, self.client_ids)
-        self._processing_files = []
+        warn_of_other_clients(directory, self.client_ids)
+        sent = self._server.sent()
         with saving(directory) as folder:
-            if self.processing_class is not None:
-                self._processing_files = hub.save_processing_class(self.processing_class, folder)
+            processing_files = self._publisher.save_processing_files(self.processing_class, folder)
             if not self._rows.are_named:
                 super().save_model(str(folder), _internal_call=True)
             torch.save(self.args, folder / "training_args.bin")
-            sent = self._server.sent()
             with self._client.weights_to_be_used():
-                hub.save_federation(
+                save_federation(
                     folder,
-                    {**self._describe(), "processing_files": self._processing_files},
+                    {**self._describe(), "processing_files": processing_files},
                     self._server.state.history,
                     model=self.model,
                     adapter_name=self._slots.names[0],
@@ -893,18 +867,18 @@ class FederatedMixin:
             "origin": self._origin,
             "root_adapter": None if self._rows.are_named else ONLY_CLIENT,
             "returned_rounds": 0,
-            "hub_base_model": self._hub_base_model,
+            "hub_base_model": self._publisher.hub_base_model,
             "base_revision": (self.args.model_init_kwargs or {}).get("revision"),
             "results_after_round": self._results.after_round,
             "arguments": {
                 "num_rounds": self.args.rounds,
                 **{name: getattr(self.args, name) for name in _ARGUMENTS_IN_CARD},
             },
-            "card": self._card,
+            "card": self._publisher.card,
             "processing_files": [],
             "clients": clients,
         }
-        return hub.describe_federation(
+        return describe_federation(
             model=self.model,
             adapter_name=self._slots.names[0],
             method=self._slots.kind,
@@ -934,8 +908,10 @@ class FederatedMixin:
         """
         if not self.is_world_process_zero():
             return
-        card = _card_entries(model_name, dataset_name, tags, language, license)
-        federation = {**self._describe(), "card": {**self._card, **card}}
+        card = self._publisher.card_with(
+            model_name=model_name, dataset_name=dataset_name, tags=tags, language=language, license=license
+        )
+        federation = {**self._describe(), "card": card}
         text = make_model_card(federation, self._server.state.history, None)
         write_text(Path(self.args.output_dir) / "README.md", text)
 
@@ -1059,86 +1035,49 @@ class FederatedMixin:
             `ValueError`: it was not said which clients are published, or the repository holds something else. See
                 [`~hf_fedsa.hub.push_federation`].
         """
-        chosen = self._published_clients(self.args, clients)
-        self._card = {**self._card, **_card_entries(**kwargs)}
+        chosen = self._publisher.published_clients(clients)
+        self._publisher.card = self._publisher.card_with(**kwargs)
         self._save_federation(Path(self.args.output_dir))
         if not self.is_world_process_zero():
             return None
-        return self._push(
+        pushed = self._publisher.push(
             Path(self.args.output_dir),
-            repo_id=repo_id,
             commit_message=commit_message,
+            on_push_begin=self._on_push_begin,
+            repo_id=repo_id or self.hub_model_id,
             blocking=blocking,
             token=token,
-            revision=revision if revision is not None else self.args.hub_revision,
+            revision=revision,
             private=private,
             clients=chosen,
         )
+        if not blocking:
+            self.push_in_progress = PushInProgress([pushed])
+        return pushed
 
-    def _published_clients(self, args: FederatedConfig, clients: str | list[str] | None = None) -> list[str]:
-        choice = clients if clients is not None else args.hub_clients
-        if choice is None and not self._rows.are_named:
-            return self.client_ids
-        return hub.choose_clients(choice, self.client_ids)
-
-    def _push(
-        self,
-        directory: Path,
-        *,
-        commit_message: str,
-        revision: str | None,
-        repo_id: str | None = None,
-        blocking: bool = True,
-        token: str | None = None,
-        private: bool | None = None,
-        clients: list[str] | None = None,
-    ) -> CommitInfo | Future[CommitInfo]:
-        """Publishes a folder that was just saved."""
-        args = self.args
-        private = private if private is not None else args.hub_private_repo
-        all_named = args.hub_name_clients or not self._rows.are_named
-        event_args = args_of_push_event(args, private=private, all_named=all_named)
-        self.callback_handler.on_push_begin(event_args, self.state, self.control)
-        saved = hub.read_saved(directory, self._processing_files)
-        saved.pushed = self._pushed
-        push = functools.partial(
-            hub.push_saved,
-            saved,
-            repo_id or self.hub_model_id or _repository_name(args),
-            clients=clients if clients is not None else self._published_clients(args),
-            client_repositories=args.hub_client_repositories,
-            name_clients=args.hub_name_clients,
-            private=private,
-            token=token if token is not None else args.hub_token,
-            revision=revision,
-            commit_message=commit_message,
-        )
-        if blocking:
-            return push()
-        future = HfApi().run_as_future(push)
-        self.push_in_progress = PushInProgress([future])
-        return future
+    def _on_push_begin(self, args: TrainingArguments) -> None:
+        self.callback_handler.on_push_begin(args, self.state, self.control)
 
     # The Trainer uploads what it finds in `output_dir`, and would do so in the middle of a round.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        if not self.is_world_process_zero():
             return
-        self._push_is_due = True
-        if not self.round_is_open:
+        self._publisher.checkpoint_saved()
+        if self._publisher.is_due and not self.round_is_open:
             self._push_progress()
 
     def _push_progress(self) -> None:
-        """Pushes in the background. A failure is logged: training goes on, and the next push carries everything."""
-        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if running and not self.args.hub_always_push:
-            return  # Still due at the next round end.
-        self._push_is_due = False
-        rounds_done = self._server.state.rounds_done
-        directory = Path(self.args.output_dir)
-        self._save_federation(directory)
-        message = f"Training in progress, round {rounds_done}"
-        future = self._push(directory, commit_message=message, revision=self.args.hub_revision, blocking=False)
-        future.add_done_callback(functools.partial(_log_failed_push, rounds_done))
+        """Pushes in the background, unless the last push is still under way."""
+        future = self._publisher.push_progress(
+            Path(self.args.output_dir),
+            self._server.state.rounds_done,
+            save=self._save_federation,
+            on_push_begin=self._on_push_begin,
+            is_pushing=self.push_in_progress is not None and not self.push_in_progress.is_done(),
+            repo_id=self.hub_model_id,
+        )
+        if future is not None:
+            self.push_in_progress = PushInProgress([future])
 
     # Running and resuming
 
@@ -1305,32 +1244,6 @@ _ARGUMENTS_IN_CARD = (
     "fp16",
     "seed",
 )
-
-
-def _card_entries(
-    model_name: str | None = None,
-    dataset_name: str | list[str] | None = None,
-    tags: str | list[str] | None = None,
-    language: str | list[str] | None = None,
-    license: str | None = None,
-) -> dict[str, Any]:
-    entries = {
-        "model_name": model_name,
-        "dataset_name": dataset_name,
-        "tags": [tags] if isinstance(tags, str) else tags,
-        "language": language,
-        "license": license,
-    }
-    return {name: value for name, value in entries.items() if value is not None}
-
-
-def _log_failed_push(rounds_done: int, future: Future[CommitInfo]) -> None:
-    if error := future.exception():
-        logger.error("The push after round %d failed, the next one carries everything: %s", rounds_done, error)
-
-
-def _repository_name(args: FederatedConfig) -> str:
-    return args.hub_model_id or Path(args.output_dir).absolute().name
 
 
 def _base_model_name(model: PeftModel) -> str:

@@ -4,13 +4,16 @@ from local_hub import HUB  # isort: skip  # Sets what `huggingface_hub` reads on
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_fedsa import FedSALoraConfig, FederatedConfig
+from hf_fedsa import FederatedConfig, FedSALoraConfig
+from hf_fedsa.client.waves import WavePlanner
+from hf_fedsa.server.sampling import ask_sampler
 
 WORDS = (
     "the a cat dog bird sat ran flew on under over mat tree house red blue green big small and then it was very happy "
@@ -129,3 +132,35 @@ def make_lora(**kwargs) -> FedSALoraConfig:
 def max_difference(first: dict, second: dict) -> float:
     assert first.keys() == second.keys()
     return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
+
+
+def plan_round(
+    round_index,
+    num_rows,
+    work,
+    clients_per_round,
+    *,
+    parallel_clients,
+    sampler,
+    num_processes=1,
+    process_index=0,
+    row_lengths=None,
+    trained=(),
+):
+    """A round as it is sampled by a server and planned by clients with these numbers of rows, of these lengths."""
+    client_ids = ask_sampler(sampler, round_index, num_rows, clients_per_round)
+    ends = np.cumsum(list(num_rows.values()))
+    rows_of = {c: list(range(end - num_rows[c], end)) for c, end in zip(num_rows, ends, strict=True)}
+    lengths = None
+    if row_lengths is not None:
+        lengths = np.concatenate([np.full(n, row_lengths[client_id]) for client_id, n in num_rows.items()])
+    planner = WavePlanner(
+        rows_of,
+        work,
+        parallel_clients=parallel_clients,
+        seed=0,
+        lengths=lengths,
+        num_processes=num_processes,
+        process_index=process_index,
+    )
+    return planner.plan(round_index, client_ids, trained)

@@ -44,7 +44,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 import hf_fedsa
-from hf_fedsa import FedSAVeraConfig, FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer
+from hf_fedsa import FederatedCallback, FederatedConfig, FederatedMixin, FederatedTrainer, FedSAVeraConfig
 
 SCHEDULED = {"num_rounds": 3, "lr_scheduler_type": "cosine", "warmup_steps": 2}
 BY_EPOCHS = {"num_rounds": 3, "local_steps": None, "local_epochs": 1}

@@ -21,15 +21,15 @@ from hf_fedsa import (
     FederatedTrainer,
     chat_template,
     files,
-    folder,
-    hub,
     identity,
     other_trainers,
     processes,
     run_lock,
     trackers,
 )
-from hf_fedsa import trainer as trainer_module
+from hf_fedsa import (
+    trainer as trainer_module,
+)
 from hf_fedsa.client.store import DiskClientStore
 
 # What the package knows of others
@@ -37,7 +37,6 @@ from hf_fedsa.client.store import DiskClientStore
 CONFIG_OF_TRAINER = other_trainers._CONFIG_OF
 TRAINERS_THAT_GENERATE_ROWS = other_trainers._GENERATE_ROWS
 TRACKERS_THAT_UPLOAD = frozenset(trackers._UPLOADERS)
-SETTINGS_OF_PROCESSORS = frozenset(folder._SETTINGS)
 MULTIPLE_OF_CLONED_VOCABULARIES = chat_template._VOCABULARY_MULTIPLE
 ARGUMENTS_WITHOUT_EFFECT = identity._WITHOUT_EFFECT
 PREFIXES_OF_ARGUMENTS_WITHOUT_EFFECT = identity._PREFIXES_WITHOUT_EFFECT
@@ -53,12 +52,12 @@ def num_slots(trainer: FederatedTrainer) -> int:
 
 def clients_in_slots(trainer: FederatedTrainer) -> dict[str, int]:
     """Slot of every client that is training now."""
-    return dict(trainer._slot_of)
+    return dict(trainer._client.slot_of)
 
 
 def slot_of(trainer: FederatedTrainer, client_id: str) -> int | None:
     """Slot of a client, `None` while it is not training."""
-    return trainer._slot_of.get(client_id)
+    return trainer._client.slot_of.get(client_id)
 
 
 def slot_parameters(trainer: FederatedTrainer, slot: int, share: str | None = None) -> dict[str, nn.Parameter]:
@@ -92,12 +91,12 @@ def routing_of(trainer: FederatedTrainer) -> Any:
 
 def rows_of(trainer: FederatedTrainer, client_id: str) -> list[int]:
     """Numbers of a client's rows in `trainer.train_dataset`."""
-    return trainer._rows_of[client_id]
+    return trainer._rows.of[client_id]
 
 
 def num_rows(trainer: FederatedTrainer) -> dict[str, int]:
     """Rows of every client, once prepared."""
-    return {client_id: len(rows) for client_id, rows in trainer._rows_of.items()}
+    return {client_id: len(rows) for client_id, rows in trainer._rows.of.items()}
 
 
 # What the clients start from
@@ -105,32 +104,32 @@ def num_rows(trainer: FederatedTrainer) -> dict[str, int]:
 
 def initial_shared(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:
     """The server's tensors before the first round."""
-    return trainer._initial_shared
+    return trainer._server.initial_shared
 
 
 def initial_local(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:
     """What a client starts with that has not trained yet."""
-    return trainer._initial_local
+    return trainer._client.initial_local
 
 
 def add_to_initial_tensors(trainer: FederatedTrainer, value: float) -> None:
     """As if the trainer had drawn another initialisation, but not its model."""
-    trainer._initial_shared = {key: tensor + value for key, tensor in trainer._initial_shared.items()}
-    trainer._initial_local = {key: tensor + value for key, tensor in trainer._initial_local.items()}
+    trainer._server.initial_shared = {key: tensor + value for key, tensor in trainer._server.initial_shared.items()}
+    trainer._client.initial_local = {key: tensor + value for key, tensor in trainer._client.initial_local.items()}
 
 
 def add_to_shared(trainer: FederatedTrainer, value: float) -> None:
     """As if rounds had moved the server's tensors, and the model of the trainer at rest with them."""
-    for key in trainer._shared:
-        trainer._shared[key] = trainer._shared[key] + value
-    trainer._slots.load(0, trainer._shared)
+    for key in trainer._server.shared:
+        trainer._server.shared[key] = trainer._server.shared[key] + value
+    trainer._slots.load(0, trainer._server.shared)
 
 
 def add_to_initial_local(trainer: FederatedTrainer, value: float) -> None:
     """Moves what clients start with that have not trained yet, and the model of the trainer at rest with it."""
-    for key in trainer._initial_local:
-        trainer._initial_local[key] = trainer._initial_local[key] + value
-    trainer._slots.load(0, trainer._initial_local)
+    for key in trainer._client.initial_local:
+        trainer._client.initial_local[key] = trainer._client.initial_local[key] + value
+    trainer._slots.load(0, trainer._client.initial_local)
 
 
 # A round
@@ -138,28 +137,28 @@ def add_to_initial_local(trainer: FederatedTrainer, value: float) -> None:
 
 def wave_is_open(trainer: FederatedTrainer) -> bool:
     """Whether clients are in the slots."""
-    return trainer._progress.wave_open
+    return trainer._client.state.wave_open
 
 
 def wave_steps(trainer: FederatedTrainer) -> int:
     """Steps that the wave in the slots has taken, or the last one if none is."""
-    return trainer._progress.wave_steps
+    return trainer._client.state.wave_steps
 
 
 def updates_held_back(trainer: FederatedTrainer) -> dict[str, Any]:
     """Updates that wait for the round's end to be judged, by client."""
-    return trainer._held
+    return trainer._server._held
 
 
 def after_opening_wave(trainer: FederatedTrainer, function: Callable[[tuple[str, ...]], None]) -> None:
     """Calls `function(client_ids)` once the clients of a wave have been loaded, the first one into slot 0."""
-    open_wave = trainer._open_wave
+    open_wave = trainer._client._open_wave
 
-    def open_and_call(wave) -> None:
-        open_wave(wave)
-        function(wave.client_ids)
+    def open_and_call(*args) -> None:
+        open_wave(*args)
+        function(trainer._client.wave.client_ids)
 
-    trainer._open_wave = open_and_call
+    trainer._client._open_wave = open_and_call
 
 
 def around_closing_wave(
@@ -168,14 +167,18 @@ def around_closing_wave(
     after: Callable[[], None] = lambda: None,
 ) -> None:
     """Calls `before()` while a wave that has trained is still in the slots, and `after()` when it has been counted."""
-    close_wave = trainer._close_wave
+    close_wave, send = trainer._client._close_wave, trainer._send
 
-    def call_around() -> None:
+    def call_and_close(*args):
         before()
-        close_wave()
-        after()
+        return close_wave(*args)
 
-    trainer._close_wave = call_around
+    def send_and_call(updates) -> None:
+        send(updates)
+        if updates:
+            after()
+
+    trainer._client._close_wave, trainer._send = call_and_close, send_and_call
 
 
 def before_closing_round(trainer: FederatedTrainer, function: Callable[[], None]) -> None:
@@ -199,7 +202,7 @@ def without_gathering(trainer: FederatedTrainer) -> contextlib.AbstractContextMa
 
 def client_store(trainer: FederatedTrainer) -> Any:
     """Where B is while its client does not train."""
-    return trainer._clients
+    return trainer._stores.clients
 
 
 def on_use_of_disk_stores(monkeypatch: pytest.MonkeyPatch, function: Callable[[str], None]) -> None:
@@ -218,12 +221,13 @@ def on_use_of_disk_stores(monkeypatch: pytest.MonkeyPatch, function: Callable[[s
 
 def optimizer_state(trainer: FederatedTrainer, client_id: str) -> dict[str, torch.Tensor]:
     """State of the optimizer for a client that is training, named `<parameter>|<entry>`."""
-    return trainer._take_optimizer_state(trainer._slot_of[client_id])
+    return trainer._optimizer.take(trainer._client.slot_of[client_id])
 
 
 def kept_optimizer_states(trainer: FederatedTrainer) -> dict[str, dict[str, torch.Tensor]]:
     """State of the optimizer that is kept for each client between its rounds, named as in `optimizer_state`."""
-    return {client_id: trainer._optimizers.get(client_id) for client_id in trainer._optimizers}
+    store = trainer._stores.optimizers
+    return {client_id: store.get(client_id, store.rounds(client_id)[-1]) for client_id in store}
 
 
 def count_no_items(monkeypatch: pytest.MonkeyPatch, kind: type[Trainer]) -> None:
@@ -320,23 +324,3 @@ def move_to(lock: run_lock.RunLock, path: Path, *, machine: str | None, host: st
     lock._owner = dataclasses.replace(lock._owner, machine=machine, host=host)
     with open(path, "r+") as file:
         lock._owner.write(file)
-
-
-# The Hub
-
-
-def empty_repository(head: str) -> Any:
-    """A repository at the commit `head` that holds no federation yet."""
-    return hub._Remote(head)
-
-
-def only_named(rounds: list[dict[str, Any]], names: set[str]) -> list[dict[str, Any]]:
-    """Rounds as they are published where only the clients in `names` may be named."""
-    return hub._only_named(rounds, names)
-
-
-def summarize_results(
-    clients: Mapping[str, Mapping[str, Any]], named: list[str] | set[str]
-) -> dict[str, dict[str, float]]:
-    """Mean and spread of the clients' results as they are published where only those in `named` may be named."""
-    return hub._summarize_results(clients, named)

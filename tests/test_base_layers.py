@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 from hf_fedsa import FederatedTrainer
 from hf_fedsa.client.base_layers import GradientProbe, keep_layout, unpack
-from hf_fedsa.merging import merge
+from hf_fedsa.hub.merging import merge
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

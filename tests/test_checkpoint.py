@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig
 
 from hf_fedsa import FederatedConfig, FederatedTrainer
-from hf_fedsa.checkpoint import CheckpointError
+from hf_fedsa.checkpoint_folder import CheckpointError
 from hf_fedsa.client.parameters import adapter_tensors
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from hf_fedsa.checkpoint import check_same_federation
 from hf_fedsa.checkpoint_folder import (
-    CheckpointError,
     STATE_FOLDER,
+    CheckpointError,
     check_manifest,
     delete_older_checkpoints,
     make_room,
@@ -17,37 +17,38 @@ from hf_fedsa.checkpoint_folder import (
     restore_replaced,
     write_manifest,
 )
+from hf_fedsa.client.state import ClientState
 
 
-class TestRunState:
+class TestClientState:
     def test_it_survives_json(self):
-        run = RunState(rounds_done=3, losses={"a": [1.5, 2]}, last_round={"a": 2}, history=[{"round": 0}])
-        assert RunState(**json.loads(json.dumps(run.to_dict()))) == run
+        run = ClientState(round_index=3, losses={"a": [1.5, 2]}, counted={"a": 2}, returned=["b"])
+        assert ClientState(**json.loads(json.dumps(run.to_dict()))) == run
 
     def test_two_states_share_nothing(self):
-        first, second = RunState(), RunState()
+        first, second = ClientState(), ClientState()
         first.losses["a"] = [1.0, 1]
-        first.last_round["a"] = 0
-        first.history.append({})
-        assert second == RunState()
+        first.counted["a"] = 0
+        first.returned.append("a")
+        assert second == ClientState()
 
     def test_a_dictionary_of_it_does_not_follow_the_state(self):
-        run = RunState(losses={"a": [1.0, 1]})
+        run = ClientState(losses={"a": [1.0, 1]})
         saved = run.to_dict()
         run.losses["a"][0] = 5.0
         assert saved["losses"] == {"a": [1.0, 1]}
 
 
 def make_checkpoint(path):
-    (path / STATE_FOLDER / "clients").mkdir(parents=True)
+    (path / STATE_FOLDER / "clients" / "client_0").mkdir(parents=True)
     (path / "trainer_state.json").write_text('{"global_step": 4}')
-    (path / STATE_FOLDER / "clients" / "client_0.safetensors").write_bytes(b"0123456789")
+    (path / STATE_FOLDER / "clients" / "client_0" / "round-0.safetensors").write_bytes(b"0123456789")
     (path / STATE_FOLDER / "state.json").write_text("{}")
     write_manifest(path)
     return path
 
 
-FILES = ["trainer_state.json", f"{STATE_FOLDER}/state.json", f"{STATE_FOLDER}/clients/client_0.safetensors"]
+FILES = ["trainer_state.json", f"{STATE_FOLDER}/state.json", f"{STATE_FOLDER}/clients/client_0/round-0.safetensors"]
 
 
 def truncate_manifest(checkpoint) -> None:

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser
 from transformers.integrations.deepspeed import deepspeed_config, unset_hf_deepspeed_config
 from trl import SFTConfig, TrlParser
 
-from hf_fedsa import FedSALoraConfig, FedSAVeraConfig, FederatedConfig
+from hf_fedsa import FederatedConfig, FedSALoraConfig, FedSAVeraConfig
 from hf_fedsa.config import DEFAULT_PARALLEL_CLIENTS
 from hf_fedsa.peft_config import validate_peft_config
 

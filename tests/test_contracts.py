@@ -42,7 +42,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 import hf_fedsa
 from hf_fedsa import FederatedTrainer
 from hf_fedsa.client.scoring import score_next_tokens
-from hf_fedsa.folder import is_known_processing_file
+from hf_fedsa.hub.processing_files import is_known_processing_file
 from hf_fedsa.trainer import FederatedMixin
 
 PACKAGE = Path(hf_fedsa.__file__).parent
@@ -240,7 +240,7 @@ def is_set_on_self(node: ast.AST) -> bool:
 def private_attributes_used() -> set[str]:
     """Names like `_x` that hf_fedsa reads, calls or sets as attributes, or defines over upstream's."""
     used, own = set(), set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 used.add(node.attr)
@@ -1217,7 +1217,10 @@ def test_every_vocabulary_of_transformers_is_known():
     names = {name for found in tables for table in found for name in re.findall(r': "([^"]+)"', table)}
     assert len(names) > 15
     assert {name for name in names if not is_known_processing_file(name)} == set()
-    known = inside.SETTINGS_OF_PROCESSORS
-    for name in ("FEATURE_EXTRACTOR_NAME", "IMAGE_PROCESSOR_NAME", "VIDEO_PROCESSOR_NAME", "PROCESSOR_NAME"):
-        assert getattr(transformers.utils, name) in known
-    assert transformers.utils.AUDIO_TOKENIZER_NAME in known
+    utils = transformers.utils
+    for name in (
+        *(utils.FEATURE_EXTRACTOR_NAME, utils.IMAGE_PROCESSOR_NAME, utils.VIDEO_PROCESSOR_NAME, utils.PROCESSOR_NAME),
+        *(utils.AUDIO_TOKENIZER_NAME, utils.hub.CHAT_TEMPLATE_FILE, utils.hub.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE),
+        f"{utils.hub.CHAT_TEMPLATE_DIR}/tool_use.jinja",
+    ):
+        assert is_known_processing_file(name)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -15,9 +16,10 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from hf_fedsa import FederatedTrainer, folder, load_personalized_model
-from hf_fedsa.folder import is_known_processing_file, locate, saving
-from hf_fedsa.hub import read_saved
+from hf_fedsa import FederatedTrainer, load_personalized_model
+from hf_fedsa.hub.folder import read_saved
+from hf_fedsa.hub.processing_files import is_known_processing_file
+from hf_fedsa.hub.whole_folder import locate, saving
 
 
 class Killed(BaseException):
@@ -121,7 +123,7 @@ class TestKilledWhileSaving:
     def test_what_dead_processes_were_writing_is_removed_and_what_others_write_is_not(self, tmp_path):
         dead = subprocess.Popen([sys.executable, "-c", ""])
         dead.wait()
-        host = folder.socket.gethostname()
+        host = socket.gethostname()
         names = [f".saving.{host}-{dead.pid}.0a", ".saving.elsewhere-1.0a", ".saving.x"]
         alive = f".saving.{host}-{os.getppid()}.0a"
         for name in [*names, alive]:

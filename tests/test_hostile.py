@@ -10,7 +10,6 @@ import shutil
 import time
 from pathlib import Path
 
-import inside
 import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
@@ -20,7 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from hf_fedsa import FederatedTrainer, list_clients, load_personalized_model, push_federation
 from hf_fedsa.files import file_sha256
-from hf_fedsa.hub import load_origin, read_saved
+from hf_fedsa.hub.folder import read_saved
+from hf_fedsa.hub.loading import load_origin
+from hf_fedsa.hub.publication import published_files
+from hf_fedsa.hub.repository import Remote
 from hf_fedsa.tensors import tensors_sha256
 
 
@@ -345,8 +347,9 @@ def test_whatever_is_changed_it_loads_or_says_why_not(saved, name):
 
     def publish():
         found = read_saved(saved)
-        files, _ = found.files(
-            inside.empty_repository("head"),
+        files, _ = published_files(
+            found,
+            Remote("head"),
             repo_id="me/fed",
             published=found.client_ids[:1],
             name_clients=False,

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_fedsa import FederatedMixin, FederatedTrainer, load_personalized_model
-from hf_fedsa.merging import merge
+from hf_fedsa.hub.merging import merge
 from hf_fedsa.tensors import tensors_sha256
 
 

@@ -12,7 +12,8 @@ from conftest import make_args, make_lora
 from datasets import Dataset, Value
 
 from hf_fedsa import FederatedConfig
-from hf_fedsa.checkpoint import STATE_FOLDER, CheckpointError, RunState, check_changes, check_position, write_manifest
+from hf_fedsa.checkpoint import check_changes, check_position
+from hf_fedsa.checkpoint_folder import FORMAT, STATE_FOLDER, CheckpointError, write_manifest
 from hf_fedsa.files import write_json
 from hf_fedsa.identity import (
     FIXED,
@@ -212,10 +213,12 @@ def make_identity(**changes):
     return values
 
 
-def checkpoint_of(path, identity_, **progress):
+def checkpoint_of(path, identity_, rounds_done=0, round_open=False):
     state = {
+        "format": FORMAT,
         "identity": identity_,
-        "progress": RunState(**progress).to_dict(),
+        "server": {"history": [{}] * rounds_done},
+        "client": {"round_open": round_open},
         "num_processes": 1,
         "parallel_clients": 2,
     }

@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from hf_fedsa import FedSAVeraConfig, FederatedCallback, FederatedConfig, FederatedTrainer
+from hf_fedsa import FederatedCallback, FederatedConfig, FederatedTrainer, FedSAVeraConfig
 from hf_fedsa.client.parameters import adapter_tensors
 from hf_fedsa.server.aggregation import WeightedMean
 from hf_fedsa.tensors import count_bytes

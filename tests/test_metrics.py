@@ -5,8 +5,8 @@ from statistics import fmean, pstdev
 
 import pytest
 
+from hf_fedsa.hub.card import summarize
 from hf_fedsa.metrics import log_line, over_clients, round_metrics, spread
-from hf_fedsa.model_card import summarize
 
 
 def numbers(count, seed):

@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from huggingface_hub import ModelCard
-from inside import only_named, summarize_results
 from peft import LoraConfig, VeraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from hf_fedsa import FederatedTrainer
 from hf_fedsa.client.parameters import adapter_kind
-from hf_fedsa.hub import choose_clients, describe_federation, name_on_hub
-from hf_fedsa.model_card import make_model_card, summarize
+from hf_fedsa.hub.card import make_model_card, summarize
+from hf_fedsa.hub.publication import choose_clients, name_on_hub, only_named, summarize_results
+from hf_fedsa.hub.saving import describe_federation
 
 REPO = "me/fed"
 TOKEN = "hf_a_token_that_is_nobodys"

@@ -18,7 +18,8 @@ from peft import (
     get_peft_model_state_dict,
 )
 
-from hf_fedsa.client.parameters import ADAPTERS, adapter_kind, adapter_parameters, adapter_tensors, classify
+from hf_fedsa.adapters import ADAPTERS, classify
+from hf_fedsa.client.parameters import adapter_kind, adapter_parameters, adapter_tensors
 from hf_fedsa.tensors import clone_tensors, count_bytes, load_tensors, tensors_sha256
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import inside
 import pytest
-from conftest import max_difference
+from conftest import max_difference, plan_round
 from federation_run import CLIENTS, make_clients, make_trainer, report
 from safetensors.torch import load_file
 
 from hf_fedsa import processes
-from hf_fedsa.client.waves import LocalWork, plan_round
+from hf_fedsa.client.waves import LocalWork
 from hf_fedsa.server.sampling import sample_clients
 
 # Sums are taken in another order by several processes. Adam would make full steps of what that changes.

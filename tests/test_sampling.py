@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import plan_round
 
 from hf_fedsa.client.waves import LocalWork, match_lengths
 from hf_fedsa.seeds import derive_seed

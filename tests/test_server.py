@@ -10,7 +10,7 @@ import torch
 from three_floats import START, far, make_server, make_update, numbers, value
 
 from hf_fedsa.metrics import log_line
-from hf_fedsa.server import WeightedMean, weighted_mean
+from hf_fedsa.server.aggregation import WeightedMean, weighted_mean
 from hf_fedsa.tensors import tensors_sha256
 
 

@@ -11,7 +11,9 @@ import pytest
 from three_floats import FINGERPRINT, START, far, make_info, make_server, make_update, numbers, value
 
 import hf_fedsa
-from hf_fedsa.server import Server, ServerSettings, TooFewClientsError, ask_sampler, sample_clients
+from hf_fedsa.server.sampling import TooFewClientsError, ask_sampler, sample_clients
+from hf_fedsa.server.server import Server
+from hf_fedsa.server.state import ServerSettings
 
 PACKAGE = Path(hf_fedsa.__file__).parent
 

@@ -26,8 +26,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from hf_fedsa.adapters import ADAPTERS, AdapterKind
 from hf_fedsa.client import parameters, slots
-from hf_fedsa.client.parameters import ADAPTERS, AdapterKind
 from hf_fedsa.client.slots import Slots
 
 NUM_SLOTS = 3

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load, save
 
 from hf_fedsa.messages import ClientInfo, Update
-from hf_fedsa.server import Server, ServerSettings
+from hf_fedsa.server.server import Server
+from hf_fedsa.server.state import ServerSettings
 
 START = {"x": torch.tensor([3.0, 0.0]), "y": torch.tensor([4.0])}  # Its norm is 5.
 FINGERPRINT = {"base_model": "llama", "layout": "f00"}

@@ -1,61 +1,16 @@
-"""Which adapter tensor is shared with the server and which stays with the client.
-
-This is the only file that knows PEFT's key names. A new adapter is a row in [`ADAPTERS`].
-"""
+"""One adapter's tensors on a PEFT model: its kind, its parameters and shapes, and a plain LoRA made of it."""
 
 import copy
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from typing import Literal
+import math
+from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-
-@dataclass(frozen=True)
-class AdapterKind:
-    """
-    How one adapter's tensors are divided between server and client.
-
-    Args:
-        name (`str`):
-            Identifier written to `federation.json`.
-        peft_type (`str`):
-            The PEFT type the row applies to, e.g. `"LORA"`.
-        shared (`tuple[str, ...]`):
-            Last component of the keys of tensors that are averaged between rounds.
-        local (`tuple[str, ...]`):
-            Last component of the keys of tensors that never leave the client.
-        frozen (`tuple[str, ...]`, *optional*, defaults to `()`):
-            Last component of the keys of constants that PEFT may save but that never train and never travel.
-        flag (`str`, *optional*):
-            Config field that must be set for the row to apply. `None` means the row is the type's default.
-    """
-
-    name: str
-    peft_type: str
-    shared: tuple[str, ...]
-    local: tuple[str, ...]
-    frozen: tuple[str, ...] = ()
-    flag: str | None = None
-
-
-# The first row that fits a config is its method, so a row with a flag stands before the default of its type. The split
-# of A and B is that of FedSA-LoRA, https://arxiv.org/abs/2410.01463, sections 3.2 (LoRA) and 3.3 (rsLoRA, VeRA).
-_LORA_SHARED = ("lora_A", "lora_embedding_A")
-
-_LORA_LOCAL = ("lora_B", "lora_embedding_B")
-
-ADAPTERS: tuple[AdapterKind, ...] = (
-    AdapterKind("dora", "LORA", _LORA_SHARED, (*_LORA_LOCAL, "lora_magnitude_vector"), flag="use_dora"),
-    AdapterKind("rslora", "LORA", _LORA_SHARED, _LORA_LOCAL, flag="use_rslora"),
-    AdapterKind("lora", "LORA", _LORA_SHARED, _LORA_LOCAL),
-    AdapterKind("vera", "VERA", ("vera_lambda_d",), ("vera_lambda_b",), frozen=("vera_A", "vera_B")),
-)
-
-Share = Literal["shared", "local", "frozen"]
+from ..adapters import ADAPTERS, AdapterKind
 
 
 def adapter_kind(config: PeftConfig) -> AdapterKind:
@@ -88,46 +43,6 @@ def adapter_kind(config: PeftConfig) -> AdapterKind:
             "or add a row."
         )
     return row
-
-
-def classify(
-    key: str,
-    method: AdapterKind,
-    modules_to_save: Iterable[str] | None = None,
-    share_modules_to_save: bool = False,
-) -> Share:
-    """
-    Says where the tensor saved under `key` belongs.
-
-    Args:
-        key (`str`):
-            Key as PEFT saves it, i.e. without the adapter's name.
-        method ([`AdapterKind`]):
-            The adapter's row.
-        modules_to_save (`Iterable[str]`, *optional*):
-            The PEFT config's `modules_to_save`: modules trained in full, such as a classification head.
-        share_modules_to_save (`bool`, *optional*, defaults to `False`):
-            Whether those modules are averaged. Off, each client keeps its own.
-
-    Raises:
-        `ValueError`: the key is none of the method's. A guess could send a client's own tensor to the server.
-    """
-    parts = key.split(".")
-    name = parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
-    if name in method.shared:
-        return "shared"
-    if name in method.local:
-        return "local"
-    if name in method.frozen:
-        return "frozen"
-    if any(f".{module}." in f".{key}." for module in modules_to_save or ()):
-        return "shared" if share_modules_to_save else "local"
-    raise ValueError(
-        f"The adapter tensor `{key}` is neither shared nor local under method `{method.name}` (shared: "
-        f"{', '.join(method.shared)}; local: {', '.join(method.local)}; modules_to_save: "
-        f"{', '.join(modules_to_save or ()) or 'none'}). Add its last component to a row of "
-        "`hf_fedsa.client.parameters.ADAPTERS`."
-    )
 
 
 def adapter_tensors(model: PeftModel, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -199,3 +114,30 @@ def _unwrap(model: nn.Module) -> None:
         if isinstance(layer, BaseTunerLayer):
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+
+
+def as_plain_lora(
+    config: PeftConfig, tensors: Mapping[str, torch.Tensor], initial: Mapping[str, torch.Tensor]
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """
+    Rewrites an adapter whose initialisation took `s B_0 A_0` out of the base weight as one for the untouched base.
+
+    `W - s B_0 A_0 + s B A` is `W + s [B, -B_0] [A; A_0]`: a LoRA of twice the rank at the same scale.
+    """
+    doubled = {}
+    for key, tensor in tensors.items():
+        name = key.removesuffix(".weight").rpartition(".")[2]
+        if name == "lora_A":
+            doubled[key] = torch.cat([tensor, initial[key].to(tensor)], dim=0)
+        elif name == "lora_B":
+            doubled[key] = torch.cat([tensor, -initial[key].to(tensor)], dim=1)
+        else:
+            doubled[key] = tensor
+    # The scale is alpha / r, or alpha / sqrt(r) for rsLoRA, and must not change as r doubles.
+    growth = math.sqrt(2) if config.use_rslora else 2
+    plain = copy.deepcopy(config)
+    plain.init_lora_weights = True
+    plain.r, plain.lora_alpha = 2 * config.r, growth * config.lora_alpha
+    plain.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    plain.alpha_pattern = {name: growth * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    return plain, doubled

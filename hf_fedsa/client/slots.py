@@ -17,8 +17,9 @@ from peft.tuners.vera import Linear as VeraLinear
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..adapters import Share, classify
 from ..tensors import clone_tensors, load_tensors
-from .parameters import Share, adapter_kind, adapter_parameters, adapter_tensors, classify, refuse_tied
+from .parameters import adapter_kind, adapter_parameters, adapter_tensors, refuse_tied
 
 # Initialisations that subtract the starting adapter from the base weight. They must run once, for the first slot.
 MUTATING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")

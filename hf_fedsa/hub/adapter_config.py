@@ -1,4 +1,4 @@
-"""An adapter's config and tensors, which may come from anyone: checked before anything is built from them."""
+"""An adapter's config, which may come from anyone: checked before anything is built from it."""
 
 import copy
 import dataclasses
@@ -13,22 +13,19 @@ import torch
 from peft import LoraConfig, PeftConfig, VeraConfig
 from peft.utils.peft_types import PeftType, TaskType
 
-from .client.parameters import ADAPTERS, adapter_kind
-from .client.slots import mutates_base
+from ..adapters import ADAPTERS
+from ..client.parameters import adapter_kind
+from ..client.slots import mutates_base
+from ..peft_config import validate_peft_config
 from .federation_file import brief, is_number, is_text, is_whole, read_object
-from .peft_config import validate_peft_config
+from .weights import LONGEST_NAME
 
 # Others load further repositories or have no rule of what is shared.
 _CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "VERA": VeraConfig}
 # They name modules to import or files to read, or settings of an initialisation that is over.
 _MUST_BE_DEFAULT = ("megatron_config", "arrow_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
 _SHARES = ("lora_dropout", "vera_dropout")
-_LONGEST_NAME = 500
 _MODULE = re.compile(r"[\w.\-]+")
-_DTYPES = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-}
 
 # Config
 
@@ -127,34 +124,6 @@ def _fits(value: Any, hint: Any) -> bool:
     if dataclasses.is_dataclass(hint):
         return False
     return isinstance(value, NoneType if hint is None else hint)
-
-
-# Tensors
-
-
-def check_tensors(tensors: Mapping[str, torch.Tensor], place: str) -> None:
-    """
-    Checks the values of an adapter.
-
-    Args:
-        tensors (`Mapping[str, torch.Tensor]`):
-            The adapter.
-        place (`str`):
-            What to call it in messages.
-
-    Raises:
-        `ValueError`: a tensor is not finite, or of a dtype that no adapter has.
-    """
-    for key, tensor in tensors.items():
-        if len(key) > _LONGEST_NAME:
-            raise ValueError(f"{place} holds a tensor with a name of {len(key)} characters: {brief(key)}.")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{place} holds {key!r} in {tensor.dtype}, which adapters are not saved in.")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{place} holds {key!r} with {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values that "
-                "are NaN or infinite. Such an adapter makes all outputs NaN. Load an earlier revision, or train again."
-            )
 
 
 # To build from
@@ -256,7 +225,7 @@ def _compiled(text: str, field: str, place: str) -> re.Pattern[str]:
     """A pattern as PEFT reads it, if its form bounds the time it can take: what multiplies it is counted."""
     repeats, alternatives = len(re.findall(r"[*+?{]", text)), text.count("|")
     repeats_a_group = re.search(r"\)[*+?{]", text)
-    if len(text) > _LONGEST_NAME or repeats > 3 or alternatives > 8 or repeats_a_group:
+    if len(text) > LONGEST_NAME or repeats > 3 or alternatives > 8 or repeats_a_group:
         raise ValueError(
             f"{place} has the pattern {text[:100]!r} in `{field}`, which might take forever to match: it repeats a "
             "group, or has more than 3 repetitions or 8 alternatives. Write the names of the modules out."

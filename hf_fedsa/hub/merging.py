@@ -5,7 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .client.base_layers import unpack
+from ..client.base_layers import unpack
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from .client.parameters import ADAPTERS
-from .files import validate_client_ids
-from .folder import may_be_processing_file
-from .model_card import TASKS
+from ..adapters import ADAPTERS
+from ..files import validate_client_ids
+from .card import TASKS
+from .processing_files import may_be_processing_file
 
 Check = tuple[Callable[[Any], bool], str]
 

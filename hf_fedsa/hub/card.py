@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .metrics import over_clients
+from ..metrics import over_clients
 
 PAPER = "https://arxiv.org/abs/2410.01463"
 _CITATION = """\
@@ -59,6 +59,24 @@ def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str,
         f"## Citation\n\n```bibtex\n{_CITATION}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def card_entries(
+    model_name: str | None = None,
+    dataset_name: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    language: str | list[str] | None = None,
+    license: str | None = None,
+) -> dict[str, Any]:
+    """What a user says of a federation for its card, as `federation.json` holds it."""
+    entries = {
+        "model_name": model_name,
+        "dataset_name": dataset_name,
+        "tags": [tags] if isinstance(tags, str) else tags,
+        "language": language,
+        "license": license,
+    }
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def summarize(values: Sequence[float]) -> dict[str, float]:

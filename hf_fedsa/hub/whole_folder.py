@@ -1,4 +1,4 @@
-"""A federation's folder on disk: written as a whole, and read as a whole even where a save was cut short.
+"""A folder written as a whole, and read as a whole even where a save was cut short.
 
 A save writes its files to a folder of its own, `.saving.*`. One rename, to `.saved.*`, makes it the federation. Only
 then are the files moved to their places. Whoever reads takes a file from `.saved.*` if it is still there, so the
@@ -16,14 +16,18 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-
-from transformers.utils import hub as names
+from pathlib import Path
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FEDERATION = "federation.json"
 ROUNDS = "rounds.jsonl"
+CARD = "README.md"
+
+MIXTURE = (
+    f"{{path}} is missing or is not the file that {FEDERATION} lists, so it may belong to another save or another "
+    "client. Save or publish the federation again."
+)
 
 # Writing
 
@@ -135,69 +139,6 @@ def locate_own(directory: Path, name: str) -> Path:
     return path
 
 
-# Tokenizers and processors
-
-# What `save_pretrained` of those of transformers writes beside the files that `_VOCABULARIES` lists.
-_SETTINGS = {
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-    "audio_tokenizer_config.json",
-    names.CHAT_TEMPLATE_FILE,
-    names.LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
-}
-_VOCABULARIES = {
-    "bpe.codes",
-    "byte_maps.json",
-    "dict.txt",
-    "emoji.json",
-    "entity_vocab.json",
-    "merges.txt",
-    "normalizer.json",
-    "prophetnet.tokenizer",
-    "sentencepiece.bpe.model",
-    "sentencepiece.model",
-    "source.spm",
-    "spiece.model",
-    "spm.model",
-    "spm_char.model",
-    "target.spm",
-    "target_vocab.json",
-    "tekken.json",
-    "tokenizer.model",
-    "vocab-src.json",
-    "vocab-tgt.json",
-    "vocab.json",
-    "vocab.txt",
-    "word_pronunciation.json",
-    "word_shape.json",
-}
-
-
-def may_be_processing_file(name: str) -> bool:
-    """Whether a tokenizer or processor, which may be the user's own, can have a file of this name."""
-    path = PurePosixPath(name)
-    return (
-        bool(path.parts)
-        and not path.is_absolute()
-        and "\\" not in name
-        and not any(part.startswith(".") for part in path.parts)
-        and path.parts[0] not in ("clients", "shared", ROUNDS, FEDERATION)
-        and path.suffix not in (".bin", ".pt", ".pth", ".pkl", ".safetensors")
-    )
-
-
-def is_known_processing_file(name: str) -> bool:
-    """Whether `save_pretrained` of a tokenizer or processor of transformers writes a file of this name."""
-    if not may_be_processing_file(name):
-        return False
-    *folders, file = PurePosixPath(name).parts
-    if folders == [names.CHAT_TEMPLATE_DIR]:
-        return file.endswith(".jinja")
-    # Processors with several tokenizers save the others in folders of their own.
-    in_place = not folders or (len(folders) == 1 and "tokenizer" in folders[0])
-    return in_place and file in _SETTINGS | _VOCABULARIES
+def join_path(folder: str, name: str) -> str:
+    """Path of a file within a federation. The folder may be the federation's own, `""`."""
+    return f"{folder}/{name}" if folder else name

@@ -1,0 +1,28 @@
+"""Whether one federation fits another: the first thing that the two say differently."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def first_difference(
+    expected: Mapping[str, Any], found: Mapping[str, Any], names: Iterable[str] | None = None
+) -> tuple[str, Any, Any] | None:
+    """
+    Compares two descriptions, such as shapes of tensors by name or the entries of a config.
+
+    Args:
+        expected (`Mapping[str, Any]`):
+            What is needed.
+        found (`Mapping[str, Any]`):
+            What there is.
+        names (`Iterable[str]`, *optional*):
+            Names to compare, in this order. `None` means all of both, sorted.
+
+    Returns:
+        `tuple[str, Any, Any]`: the first name under which they differ, and what `expected` and `found` have there.
+        One that lacks the name has `None`, and so is equal to one that says `None`. If nothing differs, `None`.
+    """
+    for name in sorted(expected.keys() | found.keys()) if names is None else names:
+        if expected.get(name) != found.get(name):
+            return name, expected.get(name), found.get(name)
+    return None
