@@ -240,7 +240,7 @@ def is_set_on_self(node: ast.AST) -> bool:
 def private_attributes_used() -> set[str]:
     """Names like `_x` that hf_fedsa reads, calls or sets as attributes, or defines over upstream's."""
     used, own = set(), set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
                 used.add(node.attr)
