@@ -13,6 +13,7 @@ from trl import SFTTrainer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "hf_fedsa"
+INSIDE = REPOSITORY / "tests" / "inside.py"
 HEADING = "## How it is cut"
 
 # Arrows that must not exist, and do: `(importer, imported)` -> why, and when it goes.
@@ -360,8 +361,9 @@ def private_uses(source: str, names: set[str]) -> list[str]:
 
 def test_tests_look_inside_through_one_file():
     names = private_names(PACKAGE)
-    for path in sorted((REPOSITORY / "tests").glob("*.py")):
-        used = private_uses(path.read_text(encoding="utf-8"), names) if path.name != "inside.py" else []
+    # The stand-in for the Hub has nothing of the package, and private names of its own.
+    for path in sorted({*(REPOSITORY / "tests").glob("*.py")} - {INSIDE, INSIDE.with_name("hub_server.py")}):
+        used = private_uses(path.read_text(encoding="utf-8"), names)
         assert not used, f"{path.name} uses private names of hf_fedsa, let it ask tests/inside.py: {used}"
 
 
