@@ -141,6 +141,12 @@ class TestClaims:
         (runs.tmp_path / "old").rename(runs.tmp_path / "new")
         runs.claim(runs.make(output_dir="new", directory="new/store"), "second")
 
+    def test_a_store_within_the_runs_folder_is_also_known_by_the_whole_path(self, runs):
+        runs.ran(directory="out/store")
+        owner = {**self.owner(runs, "out/store"), "output_dir": str((runs.tmp_path / "out").resolve())}
+        (runs.tmp_path / "out" / "store" / "run.json").write_text(json.dumps(owner))
+        runs.claim(runs.make(directory="out/store"), "second")
+
     def test_a_trainer_goes_on_with_its_own_clients(self, runs):
         stores = runs.ran(finished=True)
         runs.resumable = True
@@ -168,6 +174,12 @@ class TestClaims:
                 read()
         stores.mark_finished()
         assert path.read_text() == owner if owner != "gone" else not path.exists()
+
+    def test_a_trainer_that_resumes_brings_its_clients_back(self, runs):
+        stores = runs.ran()
+        shutil.rmtree(runs.tmp_path / "store")
+        runs.claim(stores, "first", resuming=True)
+        stores.check()
 
     @pytest.mark.parametrize("owner", ["{damaged", "[]", "\udcff"])
     def test_clients_of_nobody_known_are_not_overwritten(self, runs, owner):
@@ -251,12 +263,14 @@ class TestClientStores:
         stores.optimizers.put("a", 0, make_tensors(1))
         stores.fill({"clients": tmp_path / "checkpoint" / "clients"})
         assert (list(stores.clients), list(stores.optimizers)) == (["a"], [])
+        stores.fill({"optimizers": tmp_path / "checkpoint" / "clients"})
+        assert (list(stores.clients), list(stores.optimizers)) == ([], ["a"])
         stores.fill({})
         assert (list(stores.clients), list(stores.optimizers)) == ([], [])
 
     def test_a_run_begins_with_what_counted_last_in_the_one_before(self, any_runs):
         stores = any_runs.make()
-        for client_id, rounds in {"a": (3, 4), "b": (3, 4), "c": (BEFORE, 2), "d": (0, 1)}.items():
+        for client_id, rounds in {"a": (3, 4), "b": (3, 4), "c": (BEFORE, 2), "d": (BEFORE, 1)}.items():
             for round_index in rounds:
                 stores.clients.put(client_id, round_index, make_tensors(round_index + 1))
                 stores.optimizers.put(client_id, round_index, make_tensors(round_index + 11))
