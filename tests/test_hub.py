@@ -18,7 +18,7 @@ from transformers import (
     Trainer,
 )
 
-from hf_fedsa import FederatedMixin, FederatedTrainer, load_personalized_model
+from hf_fedsa import FederatedMixin, FederatedTrainer, hub, load_personalized_model
 from hf_fedsa.hub.merging import merge
 from hf_fedsa.tensors import tensors_sha256
 
@@ -303,3 +303,14 @@ def test_merging_into_a_weight_that_serves_elsewhere_is_refused():
     with pytest.raises(ValueError, match="layers.0.mlp.up_proj.*which is also that of 'model.layers.1.mlp.up_proj'"):
         merge(model)
     assert torch.equal(base.model.layers[1].mlp.up_proj.weight, before)
+
+
+@pytest.mark.parametrize("name", hub.__all__)
+def test_every_public_name_is_found(name):
+    assert getattr(hub, name) is not None
+    assert name in dir(hub)
+
+
+def test_other_names_are_not():
+    with pytest.raises(AttributeError, match="module 'hf_fedsa.hub' has no attribute 'load_everything'"):
+        hub.load_everything  # noqa: B018
