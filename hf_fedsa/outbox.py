@@ -74,8 +74,8 @@ class Outbox:
                 raise MessageError(f"the update of {update.client_id!r} in round {update.round_index}")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             logger.warning(
-                "%s holds no update of the client %r, and is passed over: %s. If its last round is asked for again, the "
-                "client trains it again.",
+                "%s holds no update of the client %r, and is passed over: %s. If its last round is asked for again, "
+                "the client trains it again.",
                 path,
                 client_id,
                 error,

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 
 from .files import validate_client_ids, write_json
+from .flat import from_flat, in_layout, to_flat
 from .messages import Broadcast, ClientInfo, MessageError, Tensors, Update, from_bytes, to_bytes
 from .outbox import Outbox
 from .run_lock import RunLock, RunLockError
-from .tensors import flatten, layout_sha256, tensors_sha256, unflatten
+from .tensors import tensors_sha256
 from .worker_connection import FlatMessage, WorkerError, pack, unpack
 from .worker_socket import WorkerSocket
 
@@ -170,14 +171,16 @@ class OverSocket:
         Raises:
             `ValueError`: this client's update in this round was not asked for.
             `OSError`: it could not be written. It is not answered then.
+            [`RunLockError`]: another worker has taken over the folder.
         """
         with self._changed:
             request = self._training.get(update.client_id)
             if request is None or request.broadcast.round_index != update.round_index:
                 raise ValueError(
-                    f"The update of client {update.client_id!r} in round {update.round_index} answers no request. Send "
-                    f"one update for each client of the round that is open ({sorted(self._training) or 'none is'})."
+                    f"The update of client {update.client_id!r} in round {update.round_index} answers no request. "
+                    f"Send one update per client of the open round ({', '.join(sorted(self._training)) or 'none is'})."
                 )
+        self._lock.check()
         data = to_bytes(update)
         self._outbox.put(update.client_id, request.identity, data)
         with self._changed:
@@ -186,7 +189,7 @@ class OverSocket:
                 request.future.set_result(data)
 
     def close_round(self, seconds: float, step: int | None = None) -> None:
-        """Nothing to record: that is the server's. Requests that the round leaves unanswered are answered with that."""
+        """Records nothing, which is the server's part. Requests left unanswered are answered with an error."""
         with self._changed:
             for request in self._training.values():
                 request.fail(
@@ -222,7 +225,7 @@ class OverSocket:
             request.fail(reason) if reason else request.future.set_result(metrics)
 
     def _gather(self) -> tuple[list[_Request], float]:
-        """Requests that were sent the same as the one that waits longest, and for how long to wait for more of them."""
+        """Requests that were sent the same as the one that came first, and the seconds to wait for more of them."""
         if not self._waiting:
             return [], 0.0
         first = self._waiting[0]
@@ -305,7 +308,7 @@ class OverSocket:
             flat = FlatMessage(_value(header, "values", dict), payload, _value(header, "layout", str))
             broadcast = from_flat(Broadcast, flat, self._like)
         else:
-            broadcast = _in_layout(from_bytes(bytes(payload)), self._like)
+            broadcast = in_layout(from_bytes(payload), self._like)
         return _Request(info.client_id, broadcast, _value(header, "together", int) if "together" in header else 1)
 
     def _update(self, request: _Request) -> bytes:
@@ -330,8 +333,8 @@ class OverSocket:
         newest = max([self._outbox.round_index(client_id), *(other.broadcast.round_index for other in others)])
         if round_index < newest:
             raise WorkerError(
-                f"The request is for round {round_index}, but the client {client_id!r} has gone on to round {newest}, and "
-                "so has what it does not share. Go on from that round, or begin another run in a worker of its own."
+                f"The request is for round {round_index}, but the client {client_id!r} has gone on to round {newest}, "
+                "and so has what it does not share. Go on from that round, or begin another run with a new worker."
             )
         for other in others:
             if other in self._waiting:
@@ -352,8 +355,8 @@ class OverSocket:
         if run_id != self._run_id and self._run_id is not None and not untrained:
             raise WorkerError(
                 f"The request is of the run {run_id!r:.100}, but the clients of this worker train in the run "
-                f"{self._run_id!r} ({self.folder / RUN}), and what they do not share does not fit another. Go on with that "
-                "run, or start a worker for this one, with a folder and a client store of its own."
+                f"{self._run_id!r} ({self.folder / RUN}), and what they do not share does not fit another. Go on with "
+                "that run, or start a worker for this one, with a folder and a client store of its own."
             )
 
 
@@ -365,73 +368,24 @@ _KINDS: dict[str, Callable[[OverSocket, Mapping[str, Any], bytes], bytes]] = {
 }
 
 
-def to_flat(message: Broadcast | Update) -> FlatMessage:
-    """
-    A message with its tensors as one array.
-
-    Raises:
-        `ValueError`: a tensor has a dtype that fp32 does not hold.
-    """
-    values = dataclasses.asdict(dataclasses.replace(message, shared={}))
-    del values["shared"]
-    array = flatten(message.shared).numpy().astype("<f4", copy=False).tobytes()
-    return FlatMessage(values=values, array=array, layout=layout_sha256(message.shared))
-
-
-def from_flat(kind: type[Broadcast] | type[Update], flat: FlatMessage, like: Tensors) -> Any:
-    """
-    The message that [`to_flat`] was given.
-
-    Args:
-        kind (`type`):
-            `Broadcast` or `Update`.
-        flat (`FlatMessage`):
-            What [`to_flat`] made of it.
-        like (`dict[str, torch.Tensor]`):
-            Tensors of the names, shapes and dtypes that it must have. None are expected of an update with a fault.
-
-    Raises:
-        [`MessageError`]: it has tensors of other names or shapes, or a field is missing, unknown or of another type.
-    """
-    if kind is Update and flat.values.get("fault") is not None:
-        like = {}
-    if flat.layout != layout_sha256(like):
-        raise MessageError(
-            f"The array has layout {flat.layout[:12]}, but the {len(like)} tensors that are shared here have "
-            f"{layout_sha256(like)[:12]}: other names or shapes. Both sides need one base model, adapter and rank."
-        )
-    try:
-        message = from_bytes(to_bytes(kind(shared={}, **flat.values)))
-        array = torch.frombuffer(bytearray(flat.array), dtype=torch.float32) if len(flat.array) else torch.empty(0)
-        return dataclasses.replace(message, shared=unflatten(array, like))
-    except MessageError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise MessageError(f"A `{kind.__name__}` with an array that does not make up a message: {error}") from error
-
-
-def _in_layout(message: Any, like: Tensors) -> Broadcast:
-    """The broadcast in the dtypes of `like`, if it has the same names and shapes."""
-    if not isinstance(message, Broadcast):
-        raise MessageError(f"A `{type(message).__name__}`, where a worker is sent a `Broadcast`.")
-    for key in sorted(message.shared.keys() | like.keys()):
-        sent, here = (tuple(side[key].shape) if key in side else None for side in (message.shared, like))
-        if sent != here:
-            raise MessageError(
-                f"`{key}` has shape {sent} in the request and {here} in this worker (None: there is no such tensor). "
-                "Both sides need one base model, adapter and rank."
-            )
-    return dataclasses.replace(message, shared={key: t.to(like[key].dtype) for key, t in message.shared.items()})
-
-
 def _refuse_differing(fingerprint: dict[str, Any], info: ClientInfo) -> None:
-    own = json.loads(json.dumps(info.fingerprint))
-    for key in sorted(fingerprint.keys() | own.keys()):
-        if key not in fingerprint or key not in own or fingerprint[key] != own[key]:
-            raise WorkerError(
-                f"The server and the client {info.client_id!r} differ in {key!r}: {fingerprint.get(key)!r:.200} there, "
-                f"{own.get(key)!r:.200} here. All clients of a federation need the same, so start the worker with that."
-            )
+    found = _first_difference(fingerprint, json.loads(json.dumps(info.fingerprint)))
+    if found is not None:
+        name, there, here = found
+        raise WorkerError(
+            f"The server and the client {info.client_id!r} differ in `{name}`: {there!r:.200} there, {here!r:.200} "
+            "here. All clients of a federation need the same: start the worker with what the server has."
+        )
+
+
+def _first_difference(there: Any, here: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return None if there == here else (name, there, here)
+    for key in sorted(there.keys() | here.keys()):
+        inner = f"{name}.{key}" if name else key
+        if (found := _first_difference(there.get(key), here.get(key), inner)) is not None:
+            return found
+    return None
 
 
 def _read_run(path: Path) -> str | None:

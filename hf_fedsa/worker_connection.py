@@ -73,12 +73,13 @@ def unpack(frame: bytes) -> tuple[dict[str, Any], bytes]:
         version = header["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WorkerError(
-            f"{len(frame)} bytes that are no frame of a worker ({type(error).__name__}). Ask through `WorkerConnection`."
+            f"{len(frame)} bytes that are no frame of a worker ({type(error).__name__}). Ask through "
+            "`WorkerConnection`."
         ) from error
     if version != VERSION:
         raise WorkerError(
-            f"A frame of version {version!r:.20}, where this side speaks version {VERSION}. The worker and whoever asks "
-            "it need one version of hf_fedsa."
+            f"A frame of version {version!r:.20}, where this side speaks version {VERSION}. The worker and whoever "
+            "asks it need one version of hf_fedsa."
         )
     return header, frame[end:]
 
@@ -115,9 +116,9 @@ def _refuse_others(status: os.stat_result, bits: int, what: str, harm: str) -> N
         )
     if status.st_mode & bits:
         raise PermissionError(
-            f"{what} has mode {status.st_mode & 0o777:04o}, so other users of this machine can {harm}. Stop the worker, "
-            "run `chmod go-rwx` on the folder and on what is in it, and start the worker again: it makes a new key. On "
-            "a file system without such modes, pass a folder on another one."
+            f"{what} has mode {status.st_mode & 0o777:04o}, so other users of this machine can {harm}. Stop the "
+            "worker, run `chmod -R go-rwx` on the folder, and start the worker again: it makes a new key. On a file "
+            "system without such modes, pass a folder on another one."
         )
 
 
@@ -156,8 +157,8 @@ class WorkerConnection:
         except AuthenticationError as error:
             self.close()
             raise WorkerError(
-                f"The worker in `folder={str(self.folder)!r}` has another key than {self.folder / KEY}. If it has just "
-                "been started again, connect again."
+                f"The worker in `folder={str(self.folder)!r}` has another key than {self.folder / KEY}. If it has "
+                "just been started again, connect again."
             ) from error
         except (EOFError, ConnectionError) as error:
             self.close()
@@ -240,8 +241,8 @@ class WorkerConnection:
         fingerprint: dict[str, Any] | None = None,
     ) -> dict[str, float]:
         """
-        Evaluates a client on its own rows, with the shared tensors that are passed and its own ones. The worker does it
-        between rounds.
+        Evaluates a client on its own rows, with the shared tensors of `broadcast` and those that it keeps. The worker
+        does it between rounds.
 
         Args, errors: see [`WorkerConnection.train`].
         """
@@ -275,14 +276,14 @@ class WorkerConnection:
         if not self._connection.poll(self.timeout):
             self.close()  # Its answer may still come, and would be taken for that to the next request.
             raise TimeoutError(
-                f"The worker in `folder={str(self.folder)!r}` has not answered in `timeout={self.timeout}` seconds. It "
-                "goes on: connect and ask for the same again, and you get what it comes to."
+                f"The worker in `folder={str(self.folder)!r}` has not answered in `timeout={self.timeout}` seconds. "
+                "It goes on: connect and ask for the same again, and you get what it comes to."
             )
 
     def _lost(self) -> NoWorkerError:
         return NoWorkerError(
-            f"The worker in `folder={str(self.folder)!r}` ended before it answered. Its own log says why. Start it again "
-            "and ask for the same: an update that was finished is answered without training again."
+            f"The worker in `folder={str(self.folder)!r}` ended before it answered. Its own log says why. Start it "
+            "again and ask for the same: an update that was finished is answered without training again."
         )
 
 

@@ -63,7 +63,7 @@ class WorkerSocket:
             write_json(folder / ADDRESS, {"address": self._listener.address})
         except BaseException:
             self._remove_leftovers()
-            shutil.rmtree(self._socket_folder, ignore_errors=True)
+            self._remove_socket()
             raise
         self._thread = threading.Thread(target=self._accept, name="worker-accept", daemon=True)
         self._thread.start()
@@ -77,7 +77,7 @@ class WorkerSocket:
             Client(self._listener.address, family=FAMILY).close()  # Nothing else wakes the thread that accepts.
         self._thread.join(PATIENCE)
         self._listener.close()
-        shutil.rmtree(self._socket_folder, ignore_errors=True)
+        self._remove_socket()
         for how in (socket.SHUT_RD, socket.SHUT_RDWR):
             with self._lock:
                 threads = dict(self._connections)
@@ -142,6 +142,10 @@ class WorkerSocket:
             path.unlink()
             raise
 
+    def _remove_socket(self) -> None:
+        if self._socket_folder is not None:
+            shutil.rmtree(self._socket_folder, ignore_errors=True)
+
     def _remove_leftovers(self) -> None:
         """What a worker that was killed left: its key, and the address of a socket that nobody listens to."""
         (self._folder / KEY).unlink(missing_ok=True)
@@ -153,11 +157,11 @@ class WorkerSocket:
         (self._folder / ADDRESS).unlink(missing_ok=True)
 
 
-def _new_address() -> tuple[Path, str | tuple[str, int]]:
-    """A private folder, and an address: of a socket in this folder, or a port of this machine."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+def _new_address() -> tuple[Path | None, str | tuple[str, int]]:
+    """The address of a socket in a private folder, and that folder, or a port of this machine."""
     if FAMILY == "AF_INET":
-        return folder, ("127.0.0.1", 0)
+        return None, ("127.0.0.1", 0)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     if len(os.fsencode(folder / "s")) > LONGEST_PATH:
         folder.rmdir()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
