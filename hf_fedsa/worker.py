@@ -20,7 +20,7 @@ from .messages import Broadcast, ClientInfo, MessageError, Tensors, Update, from
 from .outbox import Outbox
 from .run_lock import RunLock, RunLockError
 from .tensors import tensors_sha256
-from .worker_connection import FlatMessage, WorkerError, pack, unpack
+from .worker_connection import FlatMessage, WorkerError, pack, refuse_writable, unpack
 from .worker_socket import WorkerSocket
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class OverSocket:
         numbers = sum(tensor.numel() * max(4, tensor.element_size()) for tensor in like.values())
         for folder in (self.folder, self.folder / "outbox"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            refuse_writable(folder)
         try:
             self._lock.acquire()
         except RunLockError as error:

@@ -16,7 +16,7 @@ from multiprocessing.connection import Client, Connection, Listener, answer_chal
 from pathlib import Path
 
 from .files import write_json
-from .worker_connection import ADDRESS, KEY, pack, read_key, refuse_writable
+from .worker_connection import ADDRESS, KEY, pack, read_key
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +37,14 @@ class WorkerSocket:
 
     Args:
         folder (`Path`):
-            Where the key and the address are written.
+            Where the key and the address are written. Other users must not be able to write to it.
         reply (`Callable[[bytes], bytes]`):
             Makes the answer to a request. Called in a thread of the connection, so it may wait.
         most_bytes (`int`):
             Longest request. One that is longer is refused unread.
 
     Raises:
-        `PermissionError`: other users can write to the folder, or its file system keeps no file from them.
+        `PermissionError`: the file system of the folder keeps no file from other users.
     """
 
     def __init__(self, folder: Path, reply: Callable[[bytes], bytes], most_bytes: int):
@@ -54,7 +54,6 @@ class WorkerSocket:
         self._connections: dict[threading.Thread, Connection] = {}
         self._lock = threading.Lock()
         self._closing = False
-        refuse_writable(folder)
         self._remove_leftovers()
         self._key = self._make_key()
         self._socket_folder, address = _new_address()

@@ -548,6 +548,11 @@ class TestWhoMayConnect:
         with pytest.raises(PermissionError, match=rf"`folder='{folder}'` has mode {mode & 0o777:04o}, .*chmod"):
             OverSocket(folder).connect(FakeTrainer(folder))
         folder.chmod(0o700)
+        (folder / "outbox").mkdir()
+        (folder / "outbox").chmod(mode)
+        with pytest.raises(PermissionError, match="outbox' has mode"):
+            OverSocket(folder).connect(FakeTrainer(folder))
+        (folder / "outbox").chmod(0o700)
         with at_work(folder):
             folder.chmod(mode)
             with pytest.raises(PermissionError, match="has mode"):
@@ -839,6 +844,7 @@ class HangingTrainer(FakeTrainer):
 
 
 def main(folder, hangs_in_round=None):
+    assert not {"transformers", "peft", "trl", "datasets"} & set(sys.modules)
     trainer = HangingTrainer(folder)
     trainer.hangs_in_round = hangs_in_round
     trainer.transport.connect(trainer)
