@@ -550,7 +550,7 @@ class TestWhoMayConnect:
         folder.chmod(0o700)
         (folder / "outbox").mkdir()
         (folder / "outbox").chmod(mode)
-        with pytest.raises(PermissionError, match="outbox' has mode"):
+        with pytest.raises(PermissionError, match="outbox'` has mode"):
             OverSocket(folder).connect(FakeTrainer(folder))
         (folder / "outbox").chmod(0o700)
         with at_work(folder):
