@@ -1,13 +1,20 @@
 """Folders of checkpoints: which are whole, which one to go on from, and which are deleted."""
 
+import contextlib
 import json
+import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .client.store import ClientStoreError
 from .files import file_sha256, write_json
+
+logger = logging.getLogger(__name__)
 
 STATE_FOLDER = "federation_state"
 # Of what is in it.
@@ -165,6 +172,42 @@ def restore_replaced(checkpoint: Path) -> None:
 
 def _replaced(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + REPLACED)
+
+
+@contextlib.contextmanager
+def writing_checkpoint(checkpoint: Path, here: bool, to_resume: bool) -> Iterator[None]:
+    """
+    Within this context a checkpoint is written. It is whole afterwards, or not there.
+
+    Args:
+        checkpoint (`Path`):
+            Its folder.
+        here (`bool`):
+            Whether it is this process that writes.
+        to_resume (`bool`):
+            Whether it is written to go on from.
+
+    Raises:
+        `OSError`: it could not be written. What it was to replace is back in its place.
+    """
+    try:
+        if here:
+            make_room(checkpoint)
+        yield
+        if here and to_resume:
+            write_manifest(checkpoint)
+    except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
+        restore_replaced(checkpoint)
+        if isinstance(error, ClientStoreError):
+            raise  # It says itself what to do, and no disk is full.
+        kept = newest_whole_checkpoint(checkpoint.parent, warn=logger.warning)
+        raise OSError(
+            f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
+            f"{kept or 'no earlier checkpoint'} is whole. If the disk is full, make room (`save_total_limit` "
+            "keeps fewer checkpoints), and go on with `train(resume_from_checkpoint=True)`."
+        ) from error
+    if here:
+        remove_replaced(checkpoint)
 
 
 def delete_older_checkpoints(newest: Path, limit: int | None, best: str | None = None) -> None:

@@ -18,6 +18,30 @@ from .server.state import ServerSettings
 DEFAULT_PARALLEL_CLIENTS = 4
 
 
+# Arguments that the model card lists: those that change what is learned, and none that tells of the machine.
+ARGUMENTS_IN_CARD = (
+    "local_steps",
+    "local_epochs",
+    "clients_per_round",
+    "client_sampling",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "completion_only_loss",
+    "aggregation_weighting",
+    "reset_optimizer",
+    "bf16",
+    "fp16",
+    "seed",
+)
+
+
 @dataclass
 class FederatedConfig(SFTConfig):
     """

@@ -99,12 +99,16 @@ def check_peft_model(model: PeftModel) -> None:
         )
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any) -> PeftConfig:
     """
     Checks that a Trainer has made a model that clients can train.
 
+    Returns:
+        `PeftConfig`: the config of its adapter.
+
     Raises:
         `TypeError`: it has no adapter, or a base that cannot be named.
+        `ValueError`: the adapter is not covered.
     """
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -116,3 +120,6 @@ def check_model(model: Any) -> None:
             f"The base model is a `{type(model.get_base_model()).__name__}`, but it must be a "
             "`PreTrainedModel`: what is saved names the base by its config. Derive it from that class."
         )
+    config = next(iter(model.peft_config.values()))
+    validate_peft_config(config)
+    return config

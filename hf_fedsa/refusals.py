@@ -1,11 +1,89 @@
-"""What arguments, rows and a Trainer cannot do together, said before a model loads."""
+"""What arguments and clients make of a federation, and what of it cannot work: known before a model loads."""
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
+from peft import PeftModel
+from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from .client.data import ClientRows
+from .client.local_optimizer import refuse_optimizer
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .other_trainers import check_trainer, refuse_another_sampler
+from .peft_config import check_peft_model
+
+
+@dataclass(frozen=True)
+class Shape:
+    """
+    What arguments and clients make of a federation, before there is a model.
+
+    Args:
+        num_slots (`int`):
+            Clients that can train at the same time in a process.
+        is_alone (`bool`):
+            Whether there is one client, and no server elsewhere.
+        whole_passes (`bool`):
+            Whether that client trains whole passes, which is what its Trainer does anyway.
+        resets_optimizer (`bool`):
+            Whether a client starts each round with a fresh optimizer state.
+    """
+
+    num_slots: int
+    is_alone: bool
+    whole_passes: bool
+    resets_optimizer: bool
+
+    @classmethod
+    def of(cls, args: FederatedConfig, rows: ClientRows, is_elsewhere: bool) -> "Shape":
+        """
+        The shape of a federation.
+
+        Args:
+            args ([`FederatedConfig`]):
+                Arguments of the run.
+            rows ([`ClientRows`]):
+                The clients' rows.
+            is_elsewhere (`bool`):
+                Whether the server is in another place, with clients that are not known here.
+        """
+        is_alone = len(rows.client_ids) == 1 and not is_elsewhere
+        resets = args.reset_optimizer if args.reset_optimizer is not None else not is_alone
+        return cls(
+            num_slots=check_federation(args, rows),
+            is_alone=is_alone,
+            whole_passes=is_alone and args.local_steps is None and args.local_epochs in (None, 1),
+            resets_optimizer=resets,
+        )
+
+
+def refuse_before_model(trainer: Trainer, model: Any, args: FederatedConfig, rows: ClientRows, shape: Shape) -> None:
+    """
+    Refuses, before a model loads, what cannot work.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The Trainer that is being made.
+        model (`Any`):
+            What it was given as a model.
+        args ([`FederatedConfig`]), rows ([`ClientRows`]), shape ([`Shape`]):
+            Arguments, clients, and what they make of the federation.
+
+    Raises:
+        `TypeError`, `ValueError`: says what cannot work, why, and what to do.
+    """
+    if isinstance(model, PeftModel):
+        check_peft_model(model)
+    check_trainer(trainer, args, model, len(rows.client_ids), shape.num_slots)
+    if rows.are_named or not shape.whole_passes:
+        refuse_packing(args)
+    if not shape.whole_passes:
+        refuse_what_needs_the_trainer_loop(args)
+        refuse_loss_scale(args, shape.num_slots)
+        refuse_another_sampler(trainer)
+        refuse_optimizer(args.optim, keeps_state=not shape.resets_optimizer, num_clients=len(rows.client_ids))
 
 
 def check_federation(args: FederatedConfig, rows: ClientRows) -> int:

@@ -1,15 +1,16 @@
 """Where a trainer's own run stands: begun, resumed, at rest."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .checkpoint_folder import CheckpointError, newest_whole_checkpoint, read_state
 from .files import write_json
+from .processes import first_process_first
 from .run_lock import RunLock
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,8 @@ class Run:
     What a trainer knows of its run, beside what the server and the clients know.
 
     Args:
-        is_alone (`bool`):
-            Whether there is one client, and no server elsewhere.
         base (`dict`):
             What the base model was when it came here.
-        created (`dict[str, torch.Tensor]`):
-            The adapter as it was made. Some initialisations took it out of the base weight.
         begun (`bool`, *optional*), has_run (`bool`, *optional*):
             Whether the present `train()` has begun, and whether any has.
         at_rest (`bool`, *optional*):
@@ -51,9 +48,7 @@ class Run:
             Keeps others out of the run's folders.
     """
 
-    is_alone: bool
     base: dict[str, Any]
-    created: dict[str, torch.Tensor]
     begun: bool = False
     has_run: bool = False
     at_rest: bool = True
@@ -87,6 +82,19 @@ class Run:
                 "checkpoint in the place of this trainer's own. Resume from a checkpoint, or make a new trainer."
             )
         self.replaced_by = None
+
+    @contextlib.contextmanager
+    def alone_in(self, folders: Mapping[str, Path], is_first: bool) -> Iterator[None]:
+        """Within this context no other run can begin in these folders. Of several processes, the first locks them."""
+        lock = RunLock(folders)
+        try:
+            with first_process_first(is_first):
+                if is_first:
+                    lock.acquire()
+            self.lock = lock
+            yield
+        finally:
+            lock.release()
 
     @property
     def changes_optimizer(self) -> bool:

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from .client.data import EMPTY_AFTER_TRUNCATION
 from .client.scoring import score_next_tokens
 from .config import FederatedConfig
 from .hub.folder import read_federation
-from .hub.loading import Origin, load_origin
+from .hub.loading import load_origin
 from .hub.whole_folder import FEDERATION
 from .partition import is_transformed
 from .peft_config import validate_peft_config
 from .server.sampling import ClientSampler
-from .tensors import clone_tensors, tensors_sha256
 from .trainer import FederatedMixin
 
 
@@ -227,44 +225,8 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
                     f"{name!r} is already a client of {source}. Give the newcomer another name (`client_id`), or pass "
                     f"`init_local={name!r}` to go on from that client's own B."
                 )
-        trainer._start_from(origin, train_shared)
+        trainer._federation.start_from(origin, train_shared)
         return trainer
-
-    def _start_from(self, origin: Origin, train_shared: bool) -> None:
-        """Starts from another federation's A, and trains it or not."""
-        expected = self._slots.select(0, "shared")
-        for key in sorted(expected.keys() | origin.shared.keys()):
-            here, there = (list(t[key].shape) if key in t else None for t in (expected, origin.shared))
-            if here != there:
-                raise ValueError(
-                    f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
-                    "needed. Leave `model` out to use the base they were trained on."
-                )
-        frozen = self._frozen_tensors
-        if frozen and tensors_sha256(frozen) != origin.federation["frozen_sha256"]:
-            raise ValueError(
-                "The adapter's constant projections, drawn here from `projection_prng_key`, are not those that the "
-                "shared tensors were trained with. Use the version of torch that `federation.json` names."
-            )
-        self._server.shared = clone_tensors({key: origin.shared[key] for key in self._server.shared})
-        self._server.initial_shared = clone_tensors(self._server.shared)
-        origin.restore_patterns(self.model.peft_config.values())
-        client = self._client
-        if origin.local is not None:
-            if differing := sorted(client.initial_local.keys() ^ origin.local.keys()):
-                raise ValueError(
-                    f"The adapter to start from (`init_local`) differs from this one in {differing[0]!r}."
-                )
-            client.initial_local = {key: origin.local[key].to(t.dtype) for key, t in client.initial_local.items()}
-        self._slots.load(0, self._server.shared, client.initial_local)
-        if not train_shared:
-            self._slots.freeze("shared")
-            self._server.settings = replace(self._server.settings, trains_shared=False)
-        self._origin = {
-            "shared_sha256": tensors_sha256(origin.shared),
-            "rounds_done": origin.federation["rounds_done"],
-            "clients": sorted(origin.federation["clients"]),
-        }
 
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         if self._skip_prepare_dataset:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import json
 import logging
 import math
 import time
@@ -18,7 +17,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
@@ -29,46 +27,26 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, speed_metric
 from transformers.utils import PushInProgress
 
 from .callbacks import FederatedCallback, FederatedProgressCallback, JITCheckpointAtStepEnd, RoundCallback
-from .checkpoint import SavedRun, check_changes, check_position, save_run
-from .checkpoint_folder import (
-    STATE_FOLDER,
-    delete_older_checkpoints,
-    make_room,
-    newest_whole_checkpoint,
-    remove_replaced,
-    restore_replaced,
-    where_else,
-    write_manifest,
-)
+from .checkpoint import SavedRun
+from .checkpoint_folder import STATE_FOLDER, delete_older_checkpoints, writing_checkpoint
 from .client.base_layers import GradientProbe, keep_layout
 from .client.data import ONLY_CLIENT, ClientRows, and_more
-from .client.local_optimizer import SCHEDULES_BY_METRIC, LocalOptimizer, refuse_optimizer
-from .client.noise import ClientNoise
-from .client.parameters import adapter_tensors
-from .client.runtime import ClientRuntime
-from .client.slots import Slots, mutates_base
-from .client.step import AsTheTrainer, SideBySide, explaining_memory
-from .client.store import ClientStoreError, ClientStores
-from .client.waves import Round, WavePlanner, WholePasses
-from .config import FederatedConfig, client_settings, server_settings, store_directory
-from .evaluation import ClientMetrics, EvaluationResults, kept_in_precision
+from .client.slots import mutates_base
+from .client.step import explaining_memory
+from .client.waves import Round
+from .config import FederatedConfig
+from .evaluation import ClientMetrics, kept_in_precision
+from .federation import Federation
 from .files import write_text
 from .hub.card import make_model_card
 from .hub.folder import warn_of_other_clients
 from .hub.publisher import Publisher
-from .hub.saving import describe_federation, save_federation
 from .hub.whole_folder import saving
-from .identity import defaults_of, describe_base, describe_run, row_fingerprints
-from .messages import ClientInfo, Update
-from .metrics import log_line, mean_over_rounds, rounds_jsonl
-from .other_trainers import (
-    check_trainer,
-    prepare_rows,
-    refuse_another_sampler,
-    running_metrics_aside,
-    take_running_metrics,
-)
-from .peft_config import check_model, check_peft_model, validate_peft_config
+from .identity import describe_base, row_fingerprints
+from .messages import Update
+from .metrics import log_line, mean_over_rounds
+from .other_trainers import prepare_rows, running_metrics_aside, take_running_metrics
+from .peft_config import check_model
 from .processes import (
     computing_alone,
     exit_without_launcher,
@@ -78,14 +56,12 @@ from .processes import (
     report_step,
     watch_launcher,
 )
-from .refusals import check_federation, refuse_loss_scale, refuse_packing, refuse_what_needs_the_trainer_loop
+from .refusals import Shape, refuse_before_model
 from .run import Run, checkpoint_to_resume, note_last_run
-from .run_lock import RunLock
 from .server.sampling import ClientSampler
-from .server.server import Server
-from .tensors import clone_tensors, tensors_sha256
+from .tensors import clone_tensors
 from .trackers import refuse_uploads_of_clients
-from .transport import AcrossProcesses, InProcess, Transport
+from .transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -139,29 +115,16 @@ class FederatedMixin:
             train_dataset, args.client_column, expects_names=args.expects_clients, unseen=args.eval_unseen_clients
         )
         self.client_ids = rows.client_ids
-        num_slots = check_federation(args, rows)
+        shape = Shape.of(args, rows, is_elsewhere=transport is not None)
         eval_dataset = rows.join_eval(eval_dataset)
-        if isinstance(model, PeftModel):
-            check_peft_model(model)
-        # One client that trains whole passes is what the Trainer does anyway.
-        is_alone = len(self.client_ids) == 1 and transport is None
-        whole_passes = is_alone and args.local_steps is None and args.local_epochs in (None, 1)
-        resets = args.reset_optimizer if args.reset_optimizer is not None else not is_alone
-        check_trainer(self, args, model, len(self.client_ids), num_slots)
-        if rows.are_named or not whole_passes:
-            refuse_packing(args)
-        if not whole_passes:
-            refuse_what_needs_the_trainer_loop(args)
-            refuse_loss_scale(args, num_slots)
-            refuse_another_sampler(self)
-            # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
-            args.average_tokens_across_devices = False
+        refuse_before_model(self, model, args, rows, shape)
         self._publisher = Publisher(args, self.client_ids, names_clients=rows.are_named)
         self._publisher.check_permission()
         if rows.are_named:
             refuse_uploads_of_clients(args, callbacks, self._publisher.publishes_all)
-        if not whole_passes:
-            refuse_optimizer(args.optim, keeps_state=not resets, num_clients=len(self.client_ids))
+        if not shape.whole_passes:
+            # Clients are not averaged with each other in a step, so no count of tokens is common to the processes.
+            args.average_tokens_across_devices = False
 
         super().__init__(
             model=model,
@@ -191,81 +154,22 @@ class FederatedMixin:
         if rows.are_named and self.eval_dataset is not None:
             self.eval_dataset = rows.split(self.eval_dataset)
 
-        # Slots
-        check_model(self.model)
-        config = next(iter(self.model.peft_config.values()))
-        validate_peft_config(config)
-        if packed := keep_layout(self.model):
-            logger.warning(
-                "%d base layers had been packed for inference, as the base model was evaluated before it came here. "
-                "They are taken back, with scales rounded to bf16. Load the base anew to train on the original.",
-                packed,
-            )
+        # Model
+        config = check_model(self.model)
+        keep_layout(self.model)
         self._gradient_probe = GradientProbe(self.model)
         revision = (args.model_init_kwargs or {}).get("revision")
         base = describe_base(self.model.get_base_model(), revision=revision, sample=not mutates_base(config))
-        self._slots = Slots(
-            self.model,
-            num_slots,
-            share_modules_to_save=args.share_modules_to_save,
-            side_by_side=not whole_passes,
-        )
 
-        # Server. Its tensors are fp32 whatever the slots train in, so that an average loses nothing.
-        sent = self._slots.select(0, "shared")
-        self._server = Server(
-            clone_tensors(sent, dtype=torch.float32),
-            {info.client_id: info for info in self._client_infos()},
-            server_settings(args),
-            sampler=client_sampler,
-            dtypes={key: tensor.dtype for key, tensor in sent.items()},
+        # Federation
+        self._federation = federation = Federation(
+            self.model, args, rows, shape, self.accelerator, transport=transport, client_sampler=client_sampler
         )
-        spans_processes = args.world_size > 1 and not whole_passes
-        if transport is None:
-            transport = AcrossProcesses(self._server, self.accelerator) if spans_processes else InProcess(self._server)
-        self._transport: Transport = transport
-
-        # Clients
-        self._stores = ClientStores(
-            store_directory(args, spans_processes),
-            Path(args.output_dir),
-            self.client_ids,
-            named_by_user=args.client_store_dir is not None,
-            is_first=self.is_world_process_zero(),
-        )
-        self._optimizer = LocalOptimizer(
-            self._slots,
-            resets=resets,
-            keeps=not resets and not whole_passes,
-            steps_schedule=not whole_passes and args.lr_scheduler_type not in SCHEDULES_BY_METRIC,
-            many=len(self.client_ids) > 1,
-        )
-        self._client = ClientRuntime(
-            self._slots,
-            self._stores,
-            self._optimizer,
-            client_settings(args),
-            initial_local=self._slots.take(0, "local"),
-            where_else=functools.partial(where_else, Path(args.output_dir)),
-        )
-        if whole_passes:
-            self._local = AsTheTrainer(self._slots)
-        else:
-            noise = None
-            if args.neftune_noise_alpha is not None:
-                noise = ClientNoise(args.neftune_noise_alpha, args.pad_to_multiple_of)
-            of_all = self._client.clients_in_step if spans_processes else None
-            self._local = SideBySide(self._slots, noise, clients_in_step=of_all, world_size=args.world_size)
-
-        # The run
-        # What some initialisations took out of the base weight, whatever the run starts from.
-        created = {**clone_tensors(self._server.shared), **self._client.initial_local}
-        self._run = Run(is_alone=is_alone, base=base, created=created)
+        self._slots, self._server, self._transport = federation.slots, federation.server, federation.transport
+        self._client, self._local = federation.client, federation.engine
+        self._run = Run(base=base)
         self._rounds: list[Round] = []
-        self._results = EvaluationResults()
         self._clock = time.perf_counter()
-        # What is written of the federation
-        self._origin: dict[str, Any] | None = None
         self._publisher.check_adapter(self.model, self.hub_model_id)
 
     # Rounds: an epoch of the Trainer is a round, and a step is a local step of every client in a slot
@@ -278,26 +182,24 @@ class FederatedMixin:
             end_step=self._end_step,
             end_round=self._end_round,
             end_run=self._end_run,
-            is_among_processes=lambda: self.spans_processes,
-            is_in_round=lambda: self.round_is_open,
+            is_among_processes=lambda: self._federation.spans_processes,
+            is_in_round=lambda: self._client.state.round_open,
         )
 
     def _begin_run(self) -> None:
         """Starts from the present weights, unless a checkpoint has just been loaded."""
-        if self._local.plans_rounds and not self._optimizer.is_noted:
+        if self._local.plans_rounds and not self._federation.optimizer.is_noted:
             raise ValueError(
                 f"The `create_scheduler` of `{type(self).__name__}` did not call the one it overrides, so its "
                 "schedule is as long as the run and not as the clients' own steps. Call "
                 "`super().create_scheduler(...)`, or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
             )
-        self._optimizer.use(self.optimizer, self.lr_scheduler)
+        self._federation.optimizer.use(self.optimizer, self.lr_scheduler)
         run = self._run
         run.refuse_lost_clients()
         if not run.resuming:
-            with self._first_process_first():
-                self._stores.claim(self._server.state.run_id, resuming=False, nothing_to_resume=self._leaves_nothing)
-                if not run.has_run:
-                    self._stores.fill({})
+            with first_process_first(self.is_world_process_zero()):
+                self._federation.claim_stores(clear=not run.has_run)
             self._client.begin_run()
         elif run.ends_round_first:
             self._client.open(*self._transport.open_round())
@@ -335,7 +237,8 @@ class FederatedMixin:
     def _end_step(self) -> None:
         """After a wave's last step, every client returns its A, and its B is in the store."""
         report_step(self.state.global_step)
-        self._before_writing()
+        if self._client.ends_wave:
+            self._before_writing()
         self._send(self._client.end_step(self._local.step, type(self).__name__, self.accelerator.scaler))
         if self._client.has_finished:
             self._close_round()
@@ -360,7 +263,7 @@ class FederatedMixin:
             return
         self._client.end_round(record["clients"] if record["counted"] else ())
         if self.is_world_process_zero():
-            self._write_rounds()
+            self._federation.write_rounds()
         if self._rows.are_named:
             # Logging clears the flag, but the Trainer's own line for this step is still to come.
             should_log = self.control.should_log
@@ -378,12 +281,8 @@ class FederatedMixin:
             self._push_progress()
         if not self._rows.are_named:
             self._take_edits()  # The Trainer has put back the best weights, if it was asked to.
-        self._stores.mark_finished()
-        self._rest()
-
-    def _rest(self) -> None:
-        """Puts the first client's adapter into the model, for users to read and to write."""
-        self._client.rest(self.client_ids[0], self._server.sent())
+        self._federation.stores.mark_finished()
+        self._federation.rest()
         self._run.at_rest = True
 
     def _before_writing(self) -> None:
@@ -396,53 +295,15 @@ class FederatedMixin:
             if isinstance(callback, FederatedCallback):
                 getattr(callback, event)(self.args, self.state, self.control, trainer=self, **kwargs)
 
-    @property
-    def spans_processes(self) -> bool:
-        """Whether the clients are spread over several processes. One client alone is trained as its Trainer does."""
-        return self.args.world_size > 1 and self._local.plans_rounds
-
-    @property
-    def round_is_open(self) -> bool:
-        """Whether a client of a round has begun to train, and the round's A is not averaged yet."""
-        return self._client.state.round_open
-
     # The Trainer's steps, for several clients
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if self._local.plans_rounds:
-            self._rounds = self._plan_rounds()
+            self._rounds = self._federation.plan_rounds()
         longest = max((round_.num_steps for round_ in self._rounds), default=0)
         length = longest * self.args.gradient_accumulation_steps
         return self._local.loader(loader, self._client.batches, length, self.args)
-
-    def _plan_rounds(self) -> list[Round]:
-        """Every round of the run, those done included: how many steps there are, and how long the schedule is."""
-        client, done = self._client, self._server.state.rounds_done
-        return [
-            client.planner.plan(index, client_ids, client.trained if index == done else ())
-            for index, client_ids in enumerate(self._transport.expected_rounds())
-        ]
-
-    def _planner(self) -> WavePlanner | WholePasses:
-        args = self.args
-        if not self._local.plans_rounds:
-            return WholePasses(self.client_ids[0], len(self._rows.of[self.client_ids[0]]))
-        return WavePlanner(
-            self._rows.of,
-            args.local_work,
-            parallel_clients=len(self._slots),
-            seed=args.data_seed if args.data_seed is not None else args.seed,
-            order=args.train_sampling_strategy,
-            lengths=self._rows.lengths(args.length_column_name),
-            as_alone=self._run.is_alone,
-            num_processes=args.world_size,
-            process_index=args.process_index,
-        )
-
-    def _client_infos(self) -> list[ClientInfo]:
-        work = self.args.local_work
-        return [ClientInfo(c, len(rows), num_steps=work.num_steps(len(rows))) for c, rows in self._rows.of.items()]
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader):
         values = super().set_initial_training_values(args, dataloader)
@@ -493,7 +354,7 @@ class FederatedMixin:
         if self._local.plans_rounds:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
             _, num_training_steps = self._transport.schedule()
-        self._optimizer.note(self.optimizer)
+        self._federation.optimizer.note(self.optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
@@ -635,7 +496,7 @@ class FederatedMixin:
         self._check_client(client_id)
         self._take_edits()
         with self._client.weights_to_be_used():
-            with self._client.showing(self._client.adapter_of(client_id, self._server.sent())):
+            with self._client.showing(self._federation.adapter_of(client_id)):
                 yield self.model
 
     def _check_client(self, client_id: str) -> None:
@@ -649,22 +510,9 @@ class FederatedMixin:
         )
 
     def _take_edits(self) -> None:
-        """
-        Takes over what has been written into the model's adapter while no run was in progress.
-
-        Only tensors that differ from what was put there, since slots may hold fewer bits than the server.
-        """
-        if not self._client.is_at_rest or not (self._run.at_rest or not self._rows.are_named):
-            return
-        self._stores.check()
-        first = self.client_ids[0]
-        edited = self._client.edits(first, self._server.sent())
-        if not edited:
-            return
-        shared = {key: t.float() for key, t in edited.items() if self._slots.share_of[key] == "shared"}
-        self._server.shared = {**self._server.shared, **shared}
-        local = {key: t for key, t in edited.items() if key not in shared}
-        self._client.replace_local(first, local, of_everyone=not self._run.has_run)
+        """Takes over what has been written into the model's adapter while no run was in progress."""
+        if self._run.at_rest or not self._rows.are_named:
+            self._federation.take_edits(self._run.has_run)
 
     # Evaluation
 
@@ -703,7 +551,7 @@ class FederatedMixin:
         take_running_metrics(self)  # Of whatever was computed in evaluation mode before, as by `predict`.
         outputs = {
             client_id: self._evaluate_client(client_id, datasets[client_id], ignore_keys, metric_key_prefix)
-            for client_id in self._evaluated_here(list(datasets))
+            for client_id in self._federation.evaluated_here(list(datasets))
         }
         if self.args.world_size > 1:
             outputs = {client_id: output for part in gather_object([outputs]) for client_id, output in part.items()}
@@ -746,15 +594,6 @@ class FederatedMixin:
         running = {f"{prefix}_{name}": value for name, value in take_running_metrics(self).items()}
         return {**output.metrics, **running}, output.num_samples
 
-    def _evaluated_here(self, client_ids: list[str]) -> list[str]:
-        """Clients that this process evaluates: those that it trains in the open round, and its share of the others."""
-        training = self._client.round.client_ids if self.spans_processes and self.round_is_open else ()
-        others = [client_id for client_id in client_ids if client_id not in training]
-        return [
-            *(c for c in client_ids if c in training and not self._client.trains_elsewhere(c)),
-            *others[self.args.process_index :: self.args.world_size],
-        ]
-
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -774,14 +613,9 @@ class FederatedMixin:
             )
 
     def _keep_results(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keeps the metrics of clients for the model card."""
-        state = self._server.state
-        known = {client_id: metrics for client_id, metrics in results.items() if client_id in self._rows.of}
-        self._results.add(known, state.rounds_done)
-        if state.history:
-            state.history[-1]["results"] = copy.deepcopy(self._results.by_client)
-            if self.args.should_save:
-                self._write_rounds()
+        self._federation.add_results(results)
+        if self._server.state.history and self.args.should_save:
+            self._federation.write_rounds()
 
     def _prepare_rows(self, dataset: Dataset) -> Dataset:
         """Does to rows what the Trainer's constructor does, such as tokenizing them."""
@@ -810,7 +644,7 @@ class FederatedMixin:
             self._publisher.push(directory, commit_message="Model save", on_push_begin=self._on_push_begin)
 
     def _save_federation(self, directory: Path) -> None:
-        if self.spans_processes and self.round_is_open:
+        if self._federation.spans_processes and self._client.state.round_open:
             raise RuntimeError(
                 "In the middle of a round, each process knows its own clients alone, so the federation cannot be "
                 "saved. Save in `on_round_end`, or after training."
@@ -822,70 +656,12 @@ class FederatedMixin:
                 super().save_model(str(directory), _internal_call=True)
             return
         warn_of_other_clients(directory, self.client_ids)
-        sent = self._server.sent()
         with saving(directory) as folder:
-            processing_files = self._publisher.save_processing_files(self.processing_class, folder)
+            self._publisher.save_processing_files(self.processing_class, folder)
             if not self._rows.are_named:
                 super().save_model(str(folder), _internal_call=True)
             torch.save(self.args, folder / "training_args.bin")
-            with self._client.weights_to_be_used():
-                save_federation(
-                    folder,
-                    {**self._describe(), "processing_files": processing_files},
-                    self._server.state.history,
-                    model=self.model,
-                    adapter_name=self._slots.names[0],
-                    shared=self._server.shared,
-                    client_tensors=lambda client_id: self._client.adapter_of(client_id, sent),
-                    initial_tensors=self._run.created,
-                    frozen=self._frozen_tensors,
-                )
-
-    @functools.cached_property
-    def _frozen_tensors(self) -> dict[str, torch.Tensor]:
-        """The adapter's constants, such as VeRA's projections."""
-        every = adapter_tensors(self.model, self._slots.names[0])
-        return clone_tensors({key: tensor for key, tensor in every.items() if key not in self._slots.parameters[0]})
-
-    def _describe(self) -> dict[str, Any]:
-        """What `federation.json` says, but for the hashes of files."""
-        state = self._server.state
-        clients = {}
-        for client_id in self.client_ids:
-            clients[client_id] = {
-                "num_examples": len(self._rows.of[client_id]),
-                "last_round": state.last_round.get(client_id) if self._origin is None else None,
-                "results": self._results.by_client.get(client_id, {}),
-                "joined": self._origin is not None,
-            }
-        summary = {
-            "rounds_done": state.rounds_done,
-            "num_rounds": self.args.rounds,
-            "aggregation_weighting": self.args.aggregation_weighting,
-            "share_modules_to_save": self.args.share_modules_to_save,
-            "initial_shared_sha256": tensors_sha256(self._server.initial_shared),
-            "origin": self._origin,
-            "root_adapter": None if self._rows.are_named else ONLY_CLIENT,
-            "returned_rounds": 0,
-            "hub_base_model": self._publisher.hub_base_model,
-            "base_revision": (self.args.model_init_kwargs or {}).get("revision"),
-            "results_after_round": self._results.after_round,
-            "arguments": {
-                "num_rounds": self.args.rounds,
-                **{name: getattr(self.args, name) for name in _ARGUMENTS_IN_CARD},
-            },
-            "card": self._publisher.card,
-            "processing_files": [],
-            "clients": clients,
-        }
-        return describe_federation(
-            model=self.model,
-            adapter_name=self._slots.names[0],
-            method=self._slots.kind,
-            shared=self._server.shared,
-            frozen=self._frozen_tensors,
-            summary=json.loads(json.dumps(summary, default=str)),
-        )
+            self._federation.save(folder, self._publisher)
 
     def create_model_card(
         self,
@@ -911,78 +687,36 @@ class FederatedMixin:
         card = self._publisher.card_with(
             model_name=model_name, dataset_name=dataset_name, tags=tags, language=language, license=license
         )
-        federation = {**self._describe(), "card": card}
+        federation = {**self._federation.describe(self._publisher), "processing_files": [], "card": card}
         text = make_model_card(federation, self._server.state.history, None)
         write_text(Path(self.args.output_dir) / "README.md", text)
 
-    def _write_rounds(self) -> None:
-        write_text(Path(self.args.output_dir) / "rounds.jsonl", rounds_jsonl(self._server.state.history))
-
     def _identity(self) -> dict[str, Any]:
-        """All that the results depend on, see `hf_fedsa.identity`."""
-        identity = describe_run(
-            args=self.args,
-            rows_of=self._rows.of,
-            config=self._slots.config,
-            kind=self._slots.kind.name,
-            parameters=self._slots.parameters[0],
-            origin=self._origin and self._origin["shared_sha256"],
-            trains_shared=self._server.settings.trains_shared,
-            base_model=_base_model_name(self.model),
-            base=self._run.base,
-            row_fingerprints=self._row_fingerprints,
-            optimizer=self.optimizer_cls_and_kwargs,
-        )
-        if not self._local.plans_rounds:
-            # Its batches are those of all processes together.
-            identity["num_processes"] = self.args.world_size
-        return identity
+        return self._federation.identity(self._run.base, self._row_fingerprints, self.optimizer_cls_and_kwargs)
 
     @functools.cached_property
     def _row_fingerprints(self) -> dict[str, str]:
         return row_fingerprints(self._remove_unused_columns(self.train_dataset), self._rows.of)
 
     def _save_state(self, checkpoint: Path) -> None:
-        save_run(
-            checkpoint / STATE_FOLDER,
-            server=self._server,
-            client=self._client,
-            results=self._results,
-            identity=self._identity(),
-            num_processes=self.args.world_size,
-            seconds=time.perf_counter() - self._clock,
-        )
+        self._federation.save_state(checkpoint / STATE_FOLDER, self._identity(), time.perf_counter() - self._clock)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(checkpoint))
         torch.save(self.args, checkpoint / "training_args.bin")
 
     # The manifest must come after everything the Trainer writes, and before it deletes an older checkpoint.
     def _save_checkpoint(self, model, trial):
+        args = self.args
         self._before_writing()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        run_dir = Path(self._get_output_dir(trial=trial))
-        checkpoint = run_dir / f"checkpoint-{self.state.global_step}"
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        limit, args.save_total_limit = args.save_total_limit, None
         try:
-            if self.args.should_save:
-                make_room(checkpoint)
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save and not self.args.save_only_model:
-                write_manifest(checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:  # As torch and safetensors report a full disk.
-            restore_replaced(checkpoint)
-            if isinstance(error, ClientStoreError):
-                raise  # It says itself what to do, and no disk is full.
-            kept = newest_whole_checkpoint(run_dir, warn=logger.warning)
-            raise OSError(
-                f"{checkpoint} could not be written: {error}. What there was of it has been removed, and "
-                f"{kept or 'no earlier checkpoint'} is whole. If the disk is full, make room (`save_total_limit` "
-                "keeps fewer checkpoints), and go on with `train(resume_from_checkpoint=True)`."
-            ) from error
+            with writing_checkpoint(checkpoint, here=args.should_save, to_resume=not args.save_only_model):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
         finally:
-            self.args.save_total_limit = limit
-        if self.args.should_save:
-            remove_replaced(checkpoint)
+            args.save_total_limit = limit
+        if args.should_save:
             delete_older_checkpoints(checkpoint, limit, best=self.state.best_model_checkpoint)
 
     # Hub
@@ -1063,7 +797,7 @@ class FederatedMixin:
         if not self.is_world_process_zero():
             return
         self._publisher.checkpoint_saved()
-        if self._publisher.is_due and not self.round_is_open:
+        if self._publisher.is_due and not self._client.state.round_open:
             self._push_progress()
 
     def _push_progress(self) -> None:
@@ -1112,19 +846,14 @@ class FederatedMixin:
         """
         self._run.prepare()
         self._slots.keep_trained()  # The optimizer, whoever makes it, takes what trains.
-        if self.spans_processes:
+        if self._federation.spans_processes:
             # Prepared as for evaluation, the model is not wrapped in `DistributedDataParallel`: its gradients are
             # those of this process's clients, and are not to be averaged.
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self.model._is_accelerate_prepared = True
-        with self._alone_in_its_folders(), self._as_it_was_unless_begun():
+        with self._alone_in_its_folders(), self._federation.as_it_was_unless_begun(self._run):
             checkpoint = checkpoint_to_resume(Path(self.args.output_dir), resume_from_checkpoint)
-            self._client.planner = self._planner()
-            trains_shared = self._server.settings.trains_shared
-            self._client.settings = client_settings(self.args, trains_shared)
-            self._server.settings = server_settings(self.args, trains_shared)
-            for info in self._client_infos():
-                self._server.register(info)
+            self._federation.prepare()
             if not checkpoint:
                 self._take_edits()
                 self._server.restart(uuid4().hex)
@@ -1132,119 +861,31 @@ class FederatedMixin:
                 output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
-    def _first_process_first(self) -> contextlib.AbstractContextManager[None]:
-        return first_process_first(self.is_world_process_zero())
-
     @contextlib.contextmanager
     def _alone_in_its_folders(self) -> Iterator[None]:
         """Within this context no other run can begin in the folders that this one writes to."""
-        folders = {"output_dir": Path(self.args.output_dir)}
-        if self._stores.directory is not None:
-            folders["client_store_dir"] = self._stores.directory
-        lock = RunLock(folders)
-        try:
-            with self._first_process_first():
-                if self.is_world_process_zero():
-                    lock.acquire()
-            self._run.lock = lock
-            yield
-        finally:
-            lock.release()
-
-    @contextlib.contextmanager
-    def _as_it_was_unless_begun(self) -> Iterator[None]:
-        """
-        Leaves a trainer whose run fails fit for the next one.
-
-        A first run that fails before it has begun leaves everything as it was, what was written into the model
-        included. One that fails later leaves every client as after the last wave it finished.
-        """
-        server, client, run = self._server, self._client, self._run
-        saved, state, initial_local = server.state_dict(), copy.deepcopy(client.state), client.initial_local
-        adapter = self._slots.take(0)
-        try:
-            yield
-        except BaseException:
-            if self._local.noise is not None and self.neftune_hook_handle is not None:
-                self.neftune_hook_handle.remove()
-            if not run.begun and not run.has_run:
-                server.load_state_dict(*saved)
-                client.initial_local = initial_local
-                client.resume(state, (), {})
-                self._slots.load(0, adapter)
-            elif run.begun and self._rows.are_named:
-                client.abandon(list(server.state.open.weights) if server.state.open else [])
-                # What is lost of the store is not to hide what has happened.
-                with contextlib.suppress(ClientStoreError):
-                    self._rest()
-            raise
-
-    def _leaves_nothing(self) -> bool:
-        """Whether there is no whole checkpoint to go on from."""
-        return newest_whole_checkpoint(Path(self.args.output_dir).resolve(), warn=logger.debug) is None
+        with self._run.alone_in(self._federation.folders, is_first=self.is_world_process_zero()):
+            try:
+                yield
+            except BaseException:
+                if self._local.noise is not None and self.neftune_hook_handle is not None:
+                    self.neftune_hook_handle.remove()
+                raise
 
     # The Trainer would load one adapter into the model and refuse a folder that holds none.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        saved, run = SavedRun(Path(resume_from_checkpoint)), self._run
-        run.changes = check_changes(
-            saved.checkpoint,
-            self._identity(),
-            meant=self.args.resume_with_changes or (),
-            defaults=defaults_of(self._slots.config, self.args),
-        )
-        if self._local.plans_rounds:
-            check_position(saved.checkpoint, saved.state, run.changes, self.args.rounds, self.args.world_size)
-        # The state of one kind of optimizer is of no use to another.
-        kept = ("clients",) if run.changes_optimizer else ("clients", "optimizers")
-        with self._first_process_first():
-            self._stores.claim(saved.run_id, resuming=True, nothing_to_resume=self._leaves_nothing)
-            run.replaced_by = saved.checkpoint if run.has_run else None
-            self._stores.fill({name: saved.folder / name for name in kept})
-        saved.load_server(self._server)
-        run.steps_back = saved.load_clients(self._client, with_optimizers=not run.changes_optimizer)
-        self._results = saved.results
-        if not self._local.plans_rounds and not self._client.state.wave_open:
-            self._slots.load(0, self._client.adapter_of(self.client_ids[0], self._server.sent()))
-        run.resuming = True
+        self._federation.resume(SavedRun(Path(resume_from_checkpoint)), self._run, self._identity())
 
     # The Trainer would give back the learning rate, the schedule's end and the settings of the run that was saved.
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
             return
-        self._optimizer.use(self.optimizer, self.lr_scheduler)
+        self._federation.optimizer.use(self.optimizer, self.lr_scheduler)
         if not self._local.plans_rounds or self._client.state.wave_open:
             super()._load_optimizer_and_scheduler(checkpoint)
             if self._run.changes_optimizer:
-                self._optimizer.reset()
+                self._federation.optimizer.reset()
         else:
             # Between waves the slots hold nobody's state, and there may be more or fewer of them than were saved.
-            self._optimizer.load_schedule(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-        self._optimizer.go_on(changed=bool(self._run.changes))
-
-
-# Arguments that the model card lists: those that change what is learned, and none that tells of the machine.
-_ARGUMENTS_IN_CARD = (
-    "local_steps",
-    "local_epochs",
-    "clients_per_round",
-    "client_sampling",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "completion_only_loss",
-    "aggregation_weighting",
-    "reset_optimizer",
-    "bf16",
-    "fp16",
-    "seed",
-)
-
-
-def _base_model_name(model: PeftModel) -> str:
-    return model.get_base_model().config._name_or_path
+            self._federation.optimizer.load_schedule(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        self._federation.optimizer.go_on(changed=bool(self._run.changes))

@@ -20,6 +20,7 @@ from transformers import Trainer
 from hf_fedsa import (
     FederatedTrainer,
     chat_template,
+    checkpoint_folder,
     files,
     identity,
     other_trainers,
@@ -28,7 +29,7 @@ from hf_fedsa import (
     trackers,
 )
 from hf_fedsa import (
-    trainer as trainer_module,
+
 )
 from hf_fedsa.client.store import DiskClientStore
 
@@ -202,7 +203,7 @@ def without_gathering(trainer: FederatedTrainer) -> contextlib.AbstractContextMa
 
 def client_store(trainer: FederatedTrainer) -> Any:
     """Where B is while its client does not train."""
-    return trainer._stores.clients
+    return trainer._federation.stores.clients
 
 
 def on_use_of_disk_stores(monkeypatch: pytest.MonkeyPatch, function: Callable[[str], None]) -> None:
@@ -221,12 +222,12 @@ def on_use_of_disk_stores(monkeypatch: pytest.MonkeyPatch, function: Callable[[s
 
 def optimizer_state(trainer: FederatedTrainer, client_id: str) -> dict[str, torch.Tensor]:
     """State of the optimizer for a client that is training, named `<parameter>|<entry>`."""
-    return trainer._optimizer.take(trainer._client.slot_of[client_id])
+    return trainer._federation.optimizer.take(trainer._client.slot_of[client_id])
 
 
 def kept_optimizer_states(trainer: FederatedTrainer) -> dict[str, dict[str, torch.Tensor]]:
     """State of the optimizer that is kept for each client between its rounds, named as in `optimizer_state`."""
-    store = trainer._stores.optimizers
+    store = trainer._federation.stores.optimizers
     return {client_id: store.get(client_id, store.rounds(client_id)[-1]) for client_id in store}
 
 
@@ -258,13 +259,13 @@ def before_reading_optimizer(
 
 def before_writing_manifest(monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], None]) -> None:
     """Calls `function(checkpoint)` when a checkpoint is complete but for the manifest that says so."""
-    write = trainer_module.write_manifest
+    write = checkpoint_folder.write_manifest
 
     def call_and_write(checkpoint: Path) -> None:
         function(checkpoint)
         write(checkpoint)
 
-    monkeypatch.setattr(trainer_module, "write_manifest", call_and_write)
+    monkeypatch.setattr(checkpoint_folder, "write_manifest", call_and_write)
 
 
 def before_writing_file(monkeypatch: pytest.MonkeyPatch, function: Callable[[Path], None]) -> None:

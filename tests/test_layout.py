@@ -166,7 +166,10 @@ def make_package(folder: Path, files: Mapping[str, str]) -> Path:
         ("server/sum.py", "def f():\n    import torch, peft.tuners", "server.sum imports peft"),
         ("server/sum.py", "if TYPE_CHECKING:\n    import transformers", "server.sum imports transformers"),
         ("server/__init__.py", "from ..client import store", "server imports client.store"),
-        *(("server/sum.py", f"from {name}.x import y", f"server.sum imports {name}") for name in sorted(HEAVY_LIBRARIES)),
+        *(
+            ("server/sum.py", f"from {name}.x import y", f"server.sum imports {name}")
+            for name in sorted(HEAVY_LIBRARIES)
+        ),
         ("client/store.py", "from ..server.sum import total", "client.store imports server.sum"),
         ("client/store.py", "def f():\n    from .. import transport", "client.store imports transport"),
         ("client/store.py", "from ..hub import push", "client.store imports hub.push"),

@@ -1,5 +1,6 @@
 """Base layers that stay as training needs them: not packed for inference, and with a gradient for their input."""
 
+import logging
 from collections.abc import Hashable, Iterator
 
 import torch
@@ -7,6 +8,8 @@ from peft import PeftModel
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 
 def keep_layout(model: nn.Module) -> int:
@@ -24,7 +27,13 @@ def keep_layout(model: nn.Module) -> int:
     """
     for layer in _layers_of_4_bit(model):
         layer.support_avx512bf16_for_cpu = False
-    return unpack(model)
+    if packed := unpack(model):
+        logger.warning(
+            "%d base layers had been packed for inference, as the base model was evaluated before it came here. "
+            "They are taken back, with scales rounded to bf16. Load the base anew to train on the original.",
+            packed,
+        )
+    return packed
 
 
 def unpack(model: nn.Module) -> int:

@@ -118,6 +118,11 @@ class ClientRuntime:
         return self.round.waves[self.state.waves_done]
 
     @property
+    def ends_wave(self) -> bool:
+        """Whether the step that is about to end is the last one of its wave."""
+        return self.state.wave_steps + 1 == self.wave.num_steps
+
+    @property
     def has_finished(self) -> bool:
         """Whether all waves of the open round are done."""
         return self.state.round_open and self.state.waves_done == len(self.round.waves)
