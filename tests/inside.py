@@ -28,9 +28,6 @@ from hf_fedsa import (
     run_lock,
     trackers,
 )
-from hf_fedsa import (
-
-)
 from hf_fedsa.client.store import DiskClientStore
 
 # What the package knows of others
