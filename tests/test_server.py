@@ -9,6 +9,7 @@ import pytest
 import torch
 from three_floats import START, far, make_server, make_update, numbers, value
 
+from hf_fedsa.faults import judge
 from hf_fedsa.metrics import log_line
 from hf_fedsa.server.aggregation import WeightedMean, weighted_mean
 from hf_fedsa.tensors import tensors_sha256
@@ -86,7 +87,9 @@ def test_what_is_given_to_a_server_is_copied():
         tensors["x"].fill_(1e6)
     server.end_round(0.0)
     assert numbers(server.shared) == [3.0, 2.0, 4.0]
-    assert numbers(server.initial_shared) == [3.0, 0.0, 4.0]
+    server.restart("second")
+    server.shared["y"].fill_(1e6)
+    assert numbers(server.initial_shared) == [3.0, 2.0, 4.0]
 
 
 def test_a_travels_in_the_dtype_of_training_and_is_kept_in_fp32():
@@ -259,6 +262,29 @@ class TestLeftOut:
         assert server.end_round(3.0) is None
         assert value(server) == before
         assert server.begin_round()[1].round_index == 0
+
+
+class TestJudge:
+    """What client and server ask alike."""
+
+    def test_b_that_is_not_finite(self):
+        local = {"B": torch.tensor([0.0, math.nan])}
+        assert judge(START, START, 1.0, "auto", local=local) == "its update is not finite"
+        assert judge({}, START, 1.0, 2.0, local=local) == "its update is not finite"
+        assert judge(START, START, 1.0, "auto", local={"B": torch.ones(2)}) is None
+
+    def test_a_that_is_not_trained_has_not_changed(self):
+        assert judge({}, START, 1.0, 1e-9, local={"B": torch.ones(2)}) is None
+        assert judge({}, {}, math.nan, None) == "its loss is nan"
+
+    @pytest.mark.parametrize("limit", [None, "auto", 2.0, 2])
+    def test_a_that_starts_at_zero_has_no_scale(self, limit):
+        zero = {key: torch.zeros_like(tensor) for key, tensor in START.items()}
+        assert judge(START, zero, 1.0, limit) is None
+
+    @pytest.mark.parametrize(("change", "limit", "fault"), [(9.9, 2.0, False), (10.1, 2.0, True), (10.1, None, False)])
+    def test_the_limit(self, change, limit, fault):
+        assert (judge(far("a", change).shared, START, 1.0, limit) is not None) == fault
 
 
 class TestHeldBack:
