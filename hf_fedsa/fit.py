@@ -26,3 +26,17 @@ def first_difference(
         if expected.get(name) != found.get(name):
             return name, expected.get(name), found.get(name)
     return None
+
+
+def misfit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with an adapter of the shapes `found` where `expected` are needed, for a message."""
+    missing, excess = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    difference = first_difference(expected, found, names=[*missing, *excess, *expected])
+    if difference is None:
+        return None
+    name, needed, held = difference
+    if held is None:
+        return f"lacks {name!r}"
+    if needed is None:
+        return f"holds {name!r}, which the base model has no place for"
+    return f"holds {name!r} with the shape {held}, where {needed} is needed"

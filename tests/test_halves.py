@@ -272,13 +272,13 @@ class TestServersHalf:
         [
             (
                 lambda run: {"shared": {**run.shared, first(run): torch.zeros(2, 2)}},
-                r"has the shape \[2, 2\], and \[4, ",
+                r"with the shape \(2, 2\), where \(4, ",
             ),
             (
                 lambda run: {"shared": {**run.shared, "x": torch.zeros(2)}},
-                r"'x' has the shape \[2\], and None is needed",
+                "holds 'x', which the base model has no place for",
             ),
-            (lambda run: {"shared": without(run.shared, first(run))}, "has the shape None"),
+            (lambda run: {"shared": without(run.shared, first(run))}, "The shared part lacks 'base_model"),
             (lambda run: {"shared": {key: t + 1 for key, t in run.shared.items()}}, "not those after round 2"),
             (lambda run: {"shared": {key: t * torch.nan for key, t in run.shared.items()}}, "NaN or infinite"),
             (lambda run: {"clients": {"../x": 1}}, "cannot name a folder"),
@@ -353,7 +353,7 @@ class TestClientsHalf:
         before = contents(tmp_path)
         with pytest.raises(ValueError, match="The A of 'bank' is not that in .* differs"):
             run.save_client(tmp_path, "bank", shared=open_shared(run.start)[0])
-        with pytest.raises(ValueError, match="has the shape None, and .* is needed"):
+        with pytest.raises(ValueError, match="The A of 'bank' lacks 'base_model"):
             run.save_client(tmp_path, "bank", shared=without(run.shared, first(run)))
         assert contents(tmp_path) == before
 

@@ -9,7 +9,7 @@ import torch
 
 from ..adapters import ADAPTERS, classify
 from ..files import file_sha256, write_safetensors, write_text
-from ..fit import first_difference
+from ..fit import misfit
 from ..metrics import rounds_jsonl
 from ..tensors import clone_tensors, tensors_sha256
 from .federation_file import read_object, read_rounds
@@ -89,11 +89,10 @@ def save_server_half(
     """
     folder, like = Path(folder), Path(like)
     start, federation = open_shared(like)
-    if difference := first_difference(_shapes(start), _shapes(shared)):
-        key, needed, found = difference
+    if problem := misfit(_shapes(start), _shapes(shared)):
         raise ValueError(
-            f"The shared tensors do not fit the federation in {like}: {key!r} has the shape {found}, and {needed} is "
-            "needed. Save them beside the federation that they were trained from."
+            f"The shared part {problem}: it does not fit the federation in {like}. Pass the folder that the server "
+            "has started from."
         )
     shared = clone_tensors(shared, dtype=torch.float32)
     check_tensors(shared, "The shared part")
@@ -194,11 +193,10 @@ def save_client_half(
             f"The federation in {folder} has no client {client_id!r}. Its clients are: "
             f"{', '.join(federation['clients']) or 'none'}."
         )
-    if difference := first_difference(_shapes(saved), _shapes(shared)):
-        key, needed, found = difference
+    if problem := misfit(_shapes(saved), _shapes(shared)):
         raise ValueError(
-            f"The adapter of {client_id!r} does not fit the federation in {folder}: {key!r} has the shape {found}, "
-            f"and {needed} is needed. It is of another base model or another adapter config."
+            f"The A of {client_id!r} {problem}: it does not fit the federation in {folder}. It is of another base "
+            "model or another adapter config."
         )
     if changed := [key for key in sorted(saved) if not torch.equal(saved[key].to(shared[key]), shared[key])]:
         raise ValueError(
@@ -265,8 +263,8 @@ def _module_and_name(key: str) -> tuple[str, str]:
 # Files
 
 
-def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    return {key: list(tensor.shape) for key, tensor in tensors.items()}
+def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..adapters import ADAPTERS, classify
 from ..client.parameters import adapter_shapes, adapter_tensors
-from ..fit import first_difference
+from ..fit import misfit
 from ..server.aggregation import weighted_mean
 from ..tensors import clone_tensors, tensors_sha256
 from .card import TASKS
@@ -206,21 +206,11 @@ def _settings(config: PeftConfig) -> dict[str, Any]:
 def _check_fits(expected: Mapping[str, tuple[int, ...]], adapter: ClientAdapter, client_id: str) -> None:
     """PEFT ignores tensors too many and warns of missing ones. Here either means that something is wrong."""
     found = {key: tuple(tensor.shape) for key, tensor in adapter.tensors.items()}
-    missing, excess = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    difference = first_difference(expected, found, names=[*missing, *excess, *expected])
-    if difference is None:
-        return
-    key, needed, held = difference
-    if held is None:
-        problem = f"lacks {key!r}"
-    elif needed is None:
-        problem = f"holds {key!r}, which the base model has no place for"
-    else:
-        problem = f"holds {key!r} with the shape {held}, where {needed} is needed"
-    raise ValueError(
-        f"The adapter of {client_id!r} in {adapter.folder} {problem}. It was made for another base model or another "
-        "adapter config."
-    )
+    if problem := misfit(expected, found):
+        raise ValueError(
+            f"The adapter of {client_id!r} in {adapter.folder} {problem}. It was made for another base model or "
+            "another adapter config."
+        )
 
 
 def _adapter_name(model: nn.Module, client_id: str) -> str:
