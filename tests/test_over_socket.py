@@ -325,6 +325,14 @@ class TestRepeated:
             ask(tmp_path), ask(tmp_path, "bob")
         assert trainer.trained == ["ann"]
 
+    def test_another_clients_is_not_taken(self, tmp_path, caplog):
+        with at_work(tmp_path):
+            ask(tmp_path)
+        (tmp_path / "outbox" / "ann.safetensors").rename(tmp_path / "outbox" / "bob.safetensors")
+        with at_work(tmp_path):
+            assert ask(tmp_path, "bob").client_id == "bob"
+        assert "bob.safetensors holds no update of the client 'bob'" in caplog.text
+
     def test_one_that_is_damaged_while_the_worker_lives_too(self, tmp_path, caplog):
         with at_work(tmp_path) as trainer:
             ask(tmp_path)
