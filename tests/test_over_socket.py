@@ -243,7 +243,7 @@ class TestTogether:
             start = time.monotonic()
             ask(tmp_path, "ann", together=2)
             assert time.monotonic() - start >= 0.3
-            trainer.transport.wait = 20.0
+            trainer.transport.wait = 60.0
             assert ask(tmp_path, "bob", together=2).client_id == "bob"
         assert [(client_ids, sent.round_index) for client_ids, sent in trainer.rounds] == [
             (("ann",), 0),
@@ -324,6 +324,14 @@ class TestRepeated:
             assert "ann.safetensors holds no update of the client 'ann'" in caplog.text
             ask(tmp_path), ask(tmp_path, "bob")
         assert trainer.trained == ["ann"]
+
+    def test_another_clients_is_not_taken(self, tmp_path, caplog):
+        with at_work(tmp_path):
+            ask(tmp_path)
+        (tmp_path / "outbox" / "ann.safetensors").rename(tmp_path / "outbox" / "bob.safetensors")
+        with at_work(tmp_path):
+            assert ask(tmp_path, "bob").client_id == "bob"
+        assert "bob.safetensors holds no update of the client 'bob'" in caplog.text
 
     def test_one_that_is_damaged_while_the_worker_lives_too(self, tmp_path, caplog):
         with at_work(tmp_path) as trainer:
@@ -560,14 +568,23 @@ class TestWhoMayConnect:
             folder.chmod(0o700)
 
     def test_a_folder_of_another_user_is_refused(self, tmp_path, monkeypatch):
-        with at_work(tmp_path):
-            monkeypatch.setattr(worker_connection.os, "geteuid", lambda: 4242)
-            monkeypatch.setattr(
-                worker_connection.os, "stat", lambda path: os.stat_result([0o700, 0, 0, 0, 4243, *[0] * 5])
-            )
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "geteuid", lambda: 4242)
+            patched.setattr(os, "stat", lambda path: os.stat_result([0o700, 0, 0, 0, 4243, *[0] * 5]))
             with pytest.raises(PermissionError, match="belongs to the user with number 4243, .* runs as 4242"):
-                WorkerConnection(tmp_path)
-            monkeypatch.undo()
+                worker_connection.refuse_writable(tmp_path)
+
+    def test_one_without_the_key_is_not_heard(self, tmp_path):
+        with at_work(tmp_path):
+            with Client(json.loads((tmp_path / "worker.json").read_text())["address"]) as stranger:
+                stranger.recv_bytes()
+                stranger.send_bytes(b"x" * 16)
+                assert b"FAILURE" in stranger.recv_bytes()
+                with contextlib.suppress(BrokenPipeError):
+                    stranger.send_bytes(pack({"kind": "stop"}))
+                with pytest.raises((EOFError, ConnectionResetError)):
+                    stranger.recv_bytes()
+            assert ask(tmp_path).client_id == "ann"
 
     def test_one_that_says_nothing_keeps_nobody_out(self, tmp_path):
         with at_work(tmp_path):
