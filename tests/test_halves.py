@@ -253,6 +253,17 @@ class TestServersHalf:
         assert 2 not in found
         assert found & {0, 1}
 
+    def test_what_a_repository_said_of_its_own_adapters_is_not_said_of_the_folder(self, run, tmp_path):
+        shutil.copytree(run.whole, tmp_path / "start")
+        federation = read_federation(run.whole)
+        federation |= {"client_repositories": True, "returned_rounds": 2, "root_adapter": "bank"}
+        federation["clients"]["shop"]["joined"] = True
+        (tmp_path / "start" / "federation.json").write_text(json.dumps(federation))
+        run.save_server(tmp_path / "half", like=tmp_path / "start")
+        found = read_saved(tmp_path / "half").federation
+        assert (found["client_repositories"], found["returned_rounds"], found["root_adapter"]) == (False, 0, None)
+        assert [client_id for client_id, entry in found["clients"].items() if entry["joined"]] == ["shop"]
+
     def test_arguments_of_the_server_are_on_the_card(self, run, tmp_path):
         run.save_server(tmp_path, arguments={"num_rounds": 77, "min_clients_per_round": 5})
         assert read_federation(tmp_path)["num_rounds"] == 77
@@ -326,10 +337,13 @@ class TestClientsHalf:
     def test_lines_of_rounds_that_came_later_stay(self, run, tmp_path):
         run.save_server(tmp_path)
         lines = (tmp_path / "rounds.jsonl").read_text()
-        (tmp_path / "rounds.jsonl").write_text(lines + lines.splitlines()[-1] + "\n")
+        later = {**json.loads(lines.splitlines()[-1]), "bytes_up": 987654321}
+        (tmp_path / "rounds.jsonl").write_text(f"{lines}{json.dumps(later)}\n")
         run.save_client(tmp_path, "bank")
         assert len((tmp_path / "rounds.jsonl").read_text().splitlines()) == 4
-        assert "in 3 rounds of" in (tmp_path / "README.md").read_text()
+        card = (tmp_path / "README.md").read_text()
+        assert "in 3 rounds of" in card
+        assert "987,654,321" not in card
 
     def test_a_in_the_dtype_of_training_is_that_of_the_folder(self, run, tmp_path):
         run.save_server(tmp_path)
