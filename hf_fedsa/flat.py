@@ -36,7 +36,8 @@ def from_flat(kind: type[Broadcast] | type[Update], flat: FlatMessage, like: Ten
             Tensors of the names, shapes and dtypes that it must have. None are expected of an update with a fault.
 
     Raises:
-        [`MessageError`]: it has tensors of other names or shapes, or a field is missing, unknown or of another type.
+        [`MessageError`]: it has tensors of other names or shapes, or of a dtype that fp32 does not hold, or a field is
+            missing, unknown or of another type.
     """
     if kind is Update and flat.values.get("fault") is not None:
         like = {}
@@ -46,6 +47,8 @@ def from_flat(kind: type[Broadcast] | type[Update], flat: FlatMessage, like: Ten
             f"{layout_sha256(like)[:12]}: other names or shapes. Both sides need one base model, adapter and rank."
         )
     try:
+        # Refuses a dtype that the way back could not hold, before anyone trains for it.
+        flatten({key: torch.empty(0, dtype=tensor.dtype) for key, tensor in like.items()})
         message = from_bytes(to_bytes(kind(shared={}, **flat.values)))
         array = torch.frombuffer(bytearray(flat.array), dtype=torch.float32) if len(flat.array) else torch.empty(0)
         return dataclasses.replace(message, shared=unflatten(array, like))

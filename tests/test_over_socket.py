@@ -443,10 +443,23 @@ class TestRefused:
         with at_work(tmp_path):
             with raw_connection(tmp_path) as connection:
                 connection.send_bytes(frame)
-                assert re.search(error, unpack(connection.recv_bytes())[0]["error"])
+                reply = unpack(connection.recv_bytes())[0]["error"]
+                assert re.search(error, reply) and "could not answer" not in reply
                 connection.send_bytes(pack({"kind": "infos"}))
                 assert len(unpack(connection.recv_bytes())[0]["infos"]) == 2
             assert ask(tmp_path).client_id == "ann"
+
+    def test_what_nobody_foresaw_is_answered_too(self, tmp_path, monkeypatch):
+        def full(*arguments):
+            raise OSError("No space left on device")
+
+        with at_work(tmp_path) as trainer:
+            with monkeypatch.context() as patched:
+                patched.setattr(worker, "write_json", full)
+                with pytest.raises(WorkerError, match="could not answer the request: OSError.'No space left"):
+                    ask(tmp_path)
+            assert ask(tmp_path).client_id == "ann"
+        assert trainer.trained == ["ann"]
 
     def test_a_request_that_is_too_long(self, tmp_path, monkeypatch):
         monkeypatch.setattr(worker, "MOST_AT_LEAST", 4000)
@@ -760,6 +773,12 @@ class TestFlat:
         assert facts(from_flat(Update, flat, LIKE)) == facts(update)
         message = broadcast(last_counted={"ann": None})
         assert facts(from_flat(Broadcast, to_flat(message), LIKE)) == facts(message)
+
+    def test_a_dtype_that_would_come_back_changed(self):
+        like = {"v.lora_A": torch.zeros(2, dtype=torch.float64)}
+        flat = to_flat(broadcast(shared={"v.lora_A": torch.zeros(2)}))
+        with pytest.raises(MessageError, match="is torch.float64, which a flat array of fp32 does not hold"):
+            from_flat(Broadcast, flat, like)
 
     def test_a_kind_of_other_fields(self):
         with pytest.raises(MessageError, match="`Update` with an array that does not make up a message"):
