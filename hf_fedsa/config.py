@@ -362,9 +362,11 @@ def client_settings(args: FederatedConfig, trains_shared: bool = True) -> Client
     )
 
 
-def store_directory(args: FederatedConfig, spans_processes: bool) -> Path | None:
+def store_directory(args: FederatedConfig, spans_processes: bool, worker: Path | None = None) -> Path | None:
     """Where clients wait that are not training. In memory if there is no such folder."""
     if args.client_store_dir is not None:
         return Path(args.client_store_dir)
+    if worker is not None:
+        return worker / "client_store"
     # Where several processes take turns at a client, they find its B on the disk they have in common.
     return Path(args.output_dir) / "client_store" if spans_processes else None

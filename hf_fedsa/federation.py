@@ -3,20 +3,21 @@
 import contextlib
 import copy
 import functools
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from peft import PeftModel
 
 from .checkpoint import SavedRun, check_changes, check_position, save_run
 from .checkpoint_folder import newest_whole_checkpoint, where_else
-from .client.data import ONLY_CLIENT, ClientRows
+from .client.data import ClientRows
 from .client.local_optimizer import SCHEDULES_BY_METRIC, LocalOptimizer
 from .client.noise import ClientNoise
 from .client.parameters import adapter_tensors
@@ -25,21 +26,19 @@ from .client.slots import Slots
 from .client.step import AsTheTrainer, SideBySide
 from .client.store import ClientStoreError, ClientStores
 from .client.waves import Round, WavePlanner, WholePasses
-from .config import ARGUMENTS_IN_CARD, FederatedConfig, client_settings, server_settings, store_directory
+from .config import FederatedConfig, client_settings, server_settings, store_directory
 from .evaluation import EvaluationResults
 from .files import write_text
 from .hub.loading import Origin
-from .hub.publisher import Publisher
-from .hub.saving import describe_federation, save_federation
-from .identity import defaults_of, describe_run
-from .messages import ClientInfo, Tensors
-from .metrics import rounds_jsonl
+from .identity import defaults_of
+from .messages import Broadcast, ClientInfo, Tensors, Update
+from .metrics import round_metrics, rounds_jsonl
 from .processes import first_process_first
-from .refusals import Shape
+from .refusals import Shape, check_federation_size
 from .run import Run
 from .server.sampling import ClientSampler
 from .server.server import Server
-from .tensors import clone_tensors, tensors_sha256
+from .tensors import clone_tensors, count_bytes, tensors_sha256
 from .transport import AcrossProcesses, InProcess, Transport
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ class Federation:
 
         # The clients
         self.stores = ClientStores(
-            store_directory(args, spans_processes),
+            store_directory(args, spans_processes, self.transport.folder),
             Path(args.output_dir),
             self.client_ids,
             named_by_user=args.client_store_dir is not None,
@@ -147,6 +146,11 @@ class Federation:
         """Whether the clients are spread over several processes. One client alone is trained as its Trainer does."""
         return self.args.world_size > 1 and self.engine.plans_rounds
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the server is in another place. The one here then knows no more than A and what happened here."""
+        return self.transport.folder is not None
+
     def client_infos(self) -> list[ClientInfo]:
         """What the server is told of every client that lives here."""
         work = self.args.local_work
@@ -157,8 +161,7 @@ class Federation:
         trains_shared = self.server.settings.trains_shared
         self.server.settings = server_settings(self.args, trains_shared)
         self.client.settings = client_settings(self.args, trains_shared)
-        for info in self.client_infos():
-            self.server.register(info)
+        self._register()
         self.client.planner = self._planner()
 
     def _planner(self) -> WavePlanner | WholePasses:
@@ -177,13 +180,90 @@ class Federation:
             process_index=args.process_index,
         )
 
+    def add_client(self, client_id: str, train_dataset: Dataset, prepared: Dataset) -> Dataset:
+        """
+        Takes in a newcomer.
+
+        Args:
+            client_id (`str`):
+                The client.
+            train_dataset (`Dataset`), prepared (`Dataset`):
+                Prepared rows of the other clients and of the newcomer.
+
+        Returns:
+            `Dataset`: the rows of all.
+        """
+        self.rows.prepared = train_dataset
+        together = self.rows.add(client_id, prepared)
+        self._take_over_clients()
+        return together
+
+    def remove_client(self, client_id: str, forget: bool) -> None:
+        """
+        Takes a client out. `forget` deletes what it has stored, and its name and numbers from the record.
+
+        Raises:
+            `ValueError`: too few are left for a round.
+        """
+        check_federation_size(self.args, len(self.client_ids) - 1)
+        self.server.deregister(client_id, forget=forget)
+        self.rows.remove(client_id)
+        self.results.by_client.pop(client_id, None)
+        if forget:
+            self.client.forget(client_id)
+        self._take_over_clients()
+
+    def _take_over_clients(self) -> None:
+        self.client_ids = self.rows.client_ids
+        self.stores.client_ids = sorted(self.client_ids)
+        self._register()
+
+    def _register(self) -> None:
+        for info in self.client_infos():
+            if (reason := self.server.register(info)) is not None:
+                raise ValueError(f"Client {info.client_id!r} cannot take part: {reason}")
+
     def plan_rounds(self) -> list[Round]:
-        """Every round of the run, those done included: how many steps there are, and how long the schedule is."""
+        """
+        Every round of the run, those done included: how many steps there are, and how long the schedule is.
+
+        Of a server elsewhere it is not known. A round of all clients that live here is as long as one can be.
+        """
         client, done = self.client, self.server.state.rounds_done
+        if (expected := self.transport.expected_rounds()) is None:
+            return [client.planner.plan(0, self.client_ids)]
         return [
             client.planner.plan(index, client_ids, client.trained if index == done else ())
-            for index, client_ids in enumerate(self.transport.expected_rounds())
+            for index, client_ids in enumerate(expected)
         ]
+
+    def note_broadcast(self, broadcast: Broadcast) -> None:
+        """Takes over A from a server elsewhere."""
+        self.server.shared = {key: broadcast.shared[key].float() for key in self.server.shared}
+        self.server.state.run_id = broadcast.run_id
+
+    def note_round(self, updates: Sequence[Update], seconds: float, step: int) -> dict[str, Any]:
+        """
+        Records what clients here did in a round whose record a server elsewhere keeps.
+
+        Returns:
+            `dict`: an entry of `round_history`. Whether the round has counted is not known: it is taken to.
+        """
+        answered = [update for update in updates if update.fault is None]
+        record = round_metrics(
+            round_index=self.client.state.round_index,
+            losses={update.client_id: update.metrics["loss"] for update in answered},
+            weights={update.client_id: update.weight for update in answered},
+            left_out={update.client_id: update.fault for update in updates if update.fault is not None},
+            staleness={update.client_id: None for update in answered},
+            counted=True,
+            bytes_down=len(updates) * count_bytes(self.server.sent()),
+            bytes_up=sum(count_bytes(update.shared) for update in answered),
+            seconds=seconds,
+        )
+        record |= {"step": step, "shared_sha256": tensors_sha256(self.server.shared)}
+        self.server.state.history.append(record)
+        return record
 
     def evaluated_here(self, client_ids: Sequence[str]) -> list[str]:
         """Clients that this process evaluates: those that it trains in the open round, and its share of the others."""
@@ -291,92 +371,7 @@ class Federation:
         """Writes `rounds.jsonl` to the run's folder."""
         write_text(Path(self.args.output_dir) / "rounds.jsonl", rounds_jsonl(self.server.state.history))
 
-    def describe(self, publisher: Publisher) -> dict[str, Any]:
-        """What `federation.json` says, but for the hashes of files."""
-        state = self.server.state
-        clients = {}
-        for client_id in self.client_ids:
-            clients[client_id] = {
-                "num_examples": len(self.rows.of[client_id]),
-                "last_round": state.last_round.get(client_id) if self.origin is None else None,
-                "results": self.results.by_client.get(client_id, {}),
-                "joined": self.origin is not None,
-            }
-        summary = {
-            "rounds_done": state.rounds_done,
-            "num_rounds": self.args.rounds,
-            "aggregation_weighting": self.args.aggregation_weighting,
-            "share_modules_to_save": self.args.share_modules_to_save,
-            "initial_shared_sha256": tensors_sha256(self.server.initial_shared),
-            "origin": self.origin,
-            "root_adapter": None if self.rows.are_named else ONLY_CLIENT,
-            "returned_rounds": 0,
-            "hub_base_model": publisher.hub_base_model,
-            "base_revision": (self.args.model_init_kwargs or {}).get("revision"),
-            "results_after_round": self.results.after_round,
-            "arguments": {
-                "num_rounds": self.args.rounds,
-                **{name: getattr(self.args, name) for name in ARGUMENTS_IN_CARD},
-            },
-            "card": publisher.card,
-            "processing_files": publisher.processing_files,
-            "clients": clients,
-        }
-        return describe_federation(
-            model=self.model,
-            adapter_name=self.slots.names[0],
-            method=self.slots.kind,
-            shared=self.server.shared,
-            frozen=self.frozen,
-            summary=json.loads(json.dumps(summary, default=str)),
-        )
-
-    def save(self, folder: Path, publisher: Publisher) -> None:
-        """Writes what the clients serve with, and what is said of the federation, to an empty folder."""
-        with self.client.weights_to_be_used():
-            save_federation(
-                folder,
-                self.describe(publisher),
-                self.server.state.history,
-                model=self.model,
-                adapter_name=self.slots.names[0],
-                shared=self.server.shared,
-                client_tensors=self.adapter_of,
-                initial_tensors=self.created,
-                frozen=self.frozen,
-            )
-
     # Going on
-
-    def identity(self, base: Mapping[str, Any], fingerprints: Mapping[str, str], optimizer: Any) -> dict[str, Any]:
-        """
-        All that the results depend on, see `hf_fedsa.identity`.
-
-        Args:
-            base (`Mapping[str, Any]`):
-                Description of the base model.
-            fingerprints (`Mapping[str, str]`):
-                Hashes of the clients' rows.
-            optimizer (`Any`):
-                `optimizer_cls_and_kwargs`.
-        """
-        identity = describe_run(
-            args=self.args,
-            rows_of=self.rows.of,
-            config=self.slots.config,
-            kind=self.slots.kind.name,
-            parameters=self.slots.parameters[0],
-            origin=self.origin and self.origin["shared_sha256"],
-            trains_shared=self.server.settings.trains_shared,
-            base_model=self.base_model_name,
-            base=base,
-            row_fingerprints=fingerprints,
-            optimizer=optimizer,
-        )
-        if not self.engine.plans_rounds:
-            # Its batches are those of all processes together.
-            identity["num_processes"] = self.args.world_size
-        return identity
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -470,3 +465,34 @@ class Federation:
                     self.rest()
                     run.at_rest = True
             raise
+
+
+@dataclass(frozen=True)
+class TrainerHost:
+    """
+    What a transport may ask of a trainer, see [`Host`].
+
+    Args:
+        federation ([`Federation`]):
+            The trainer's federation.
+        fingerprint (`dict`):
+            What must be equal on all clients.
+        evaluate (`Callable[[str, dict[str, torch.Tensor]], dict[str, float]]`):
+            Evaluates a client with a given A.
+    """
+
+    federation: Federation
+    fingerprint: dict[str, Any]
+    evaluate: Callable[[str, Tensors], dict[str, float]]
+
+    def client_infos(self) -> list[ClientInfo]:
+        folder = self.federation.transport.folder
+        worker = "" if folder is None else f"{socket.gethostname()}:{folder.resolve()}"
+        infos = self.federation.client_infos()
+        return [replace(info, worker=worker, fingerprint=self.fingerprint) for info in infos]
+
+    def shared_like(self) -> Tensors:
+        return self.federation.server.sent()
+
+    def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
+        return self.federation.client.refuse(client_id, broadcast.last_counted.get(client_id))

@@ -29,12 +29,15 @@ class Shape:
             Whether that client trains whole passes, which is what its Trainer does anyway.
         resets_optimizer (`bool`):
             Whether a client starts each round with a fresh optimizer state.
+        is_elsewhere (`bool`):
+            Whether the server is in another place, with clients that are not known here.
     """
 
     num_slots: int
     is_alone: bool
     whole_passes: bool
     resets_optimizer: bool
+    is_elsewhere: bool
 
     @classmethod
     def of(cls, args: FederatedConfig, rows: ClientRows, is_elsewhere: bool) -> "Shape":
@@ -56,6 +59,7 @@ class Shape:
             is_alone=is_alone,
             whole_passes=is_alone and args.local_steps is None and args.local_epochs in (None, 1),
             resets_optimizer=resets,
+            is_elsewhere=is_elsewhere,
         )
 
 
@@ -76,6 +80,8 @@ def refuse_before_model(trainer: Trainer, model: Any, args: FederatedConfig, row
     """
     if isinstance(model, PeftModel):
         check_peft_model(model)
+    if shape.is_elsewhere:
+        _refuse_elsewhere(args, rows)
     check_trainer(trainer, args, model, len(rows.client_ids), shape.num_slots)
     if rows.are_named or not shape.whole_passes:
         refuse_packing(args)
@@ -192,4 +198,41 @@ def refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         raise ValueError(
             "`train_sampling_strategy='batch_rebalance'` deals rows to processes, but rows belong to clients. Use "
             "'random', 'sequential' or 'group_by_length'."
+        )
+
+
+def _refuse_elsewhere(args: FederatedConfig, rows: ClientRows) -> None:
+    if not rows.are_named:
+        raise ValueError(
+            "`transport` brings rounds of a server that knows clients by their names, but `train_dataset` names none. "
+            "Pass a dictionary from client id to rows, or add a column that names the client."
+        )
+    if args.world_size > 1:
+        raise ValueError(
+            f"`transport` serves one process, but this run has {args.world_size}. Start one process per worker, each "
+            "with clients and a folder of its own."
+        )
+    if args.clients_per_round is not None:
+        raise ValueError(
+            f"`clients_per_round={args.clients_per_round}` is for the server to say, and `transport` says that it is "
+            "elsewhere. Leave it out."
+        )
+
+
+# Schedules that are the same however long they are.
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+
+
+def refuse_endless_schedule(name: str, length: int | None) -> None:
+    """
+    Refuses a learning rate schedule that needs an end, where the federation has none.
+
+    Raises:
+        `ValueError`: it does.
+    """
+    if length is None and name not in _ENDLESS_SCHEDULES:
+        raise ValueError(
+            f"`lr_scheduler_type='{getattr(name, 'value', name)}'` needs to know how many steps there will be, but "
+            "the federation has no fixed end. Set it to 'constant' or 'constant_with_warmup' (`warmup_steps` counts "
+            "local steps), or give the server a number of rounds."
         )

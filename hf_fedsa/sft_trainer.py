@@ -33,6 +33,7 @@ from .partition import is_transformed
 from .peft_config import validate_peft_config
 from .server.sampling import ClientSampler
 from .trainer import FederatedMixin
+from .transport import Transport
 
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
@@ -75,6 +76,8 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             See [`~trl.SFTTrainer`].
         client_sampler (`Callable[[int, Mapping[str, int], int | None], Sequence[str]]`, *optional*):
             Chooses a round's clients, see [`FederatedMixin`].
+        transport ([`~hf_fedsa.transport.Transport`], *optional*):
+            Brings rounds from a server elsewhere, see [`FederatedMixin`].
     """
 
     _tag_names = ["trl", "sft", "hf_fedsa", "federated-learning"]
@@ -98,6 +101,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         peft_config: PeftConfig | None = None,
         formatting_func: Callable[[dict], str] | None = None,
         client_sampler: ClientSampler | None = None,
+        transport: Transport | None = None,
     ):
         # Arguments
         args = _as_federated_config(args, model)
@@ -130,6 +134,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
             client_sampler=client_sampler,
+            transport=transport,
         )
 
     @classmethod

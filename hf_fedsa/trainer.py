@@ -35,15 +35,16 @@ from .client.slots import mutates_base
 from .client.step import explaining_memory
 from .client.waves import Round
 from .config import FederatedConfig
+from .description import describe, fingerprint_of, identity_of, save
 from .evaluation import ClientMetrics, kept_in_precision
-from .federation import Federation
+from .federation import Federation, TrainerHost
 from .files import write_text
 from .hub.card import make_model_card
 from .hub.folder import warn_of_other_clients
 from .hub.publisher import Publisher
 from .hub.whole_folder import saving
 from .identity import describe_base, row_fingerprints
-from .messages import Update
+from .messages import Broadcast, Tensors, Update
 from .metrics import log_line, mean_over_rounds
 from .other_trainers import prepare_rows, running_metrics_aside, take_running_metrics
 from .peft_config import check_model
@@ -56,7 +57,7 @@ from .processes import (
     report_step,
     watch_launcher,
 )
-from .refusals import Shape, refuse_before_model
+from .refusals import Shape, refuse_before_model, refuse_endless_schedule
 from .run import Run, checkpoint_to_resume, note_last_run
 from .server.sampling import ClientSampler
 from .tensors import clone_tensors
@@ -64,6 +65,9 @@ from .trackers import refuse_uploads_of_clients
 from .transport import Transport
 
 logger = logging.getLogger(__name__)
+
+# More rounds, or steps of a round, than there will be, where the Trainer wants a number that is not known.
+_ENDLESS = 10**9
 
 
 class FederatedMixin:
@@ -92,6 +96,9 @@ class FederatedMixin:
             Chooses a round's clients, in place of `args.client_sampling`. It is called with the round's index, the
             number of rows of every client and `args.clients_per_round`, for all rounds before training, and again to
             resume, so it must depend on nothing else.
+        transport ([`~hf_fedsa.transport.Transport`], *optional*):
+            Brings rounds from a server elsewhere, such as [`~hf_fedsa.worker.OverSocket`]. `train()` then serves them
+            until it is told to stop. `None` runs the whole federation here.
         kwargs:
             Passed to the Trainer.
     """
@@ -169,6 +176,8 @@ class FederatedMixin:
         self._client, self._local = federation.client, federation.engine
         self._run = Run(base=base)
         self._rounds: list[Round] = []
+        self._sent: list[Update] = []
+        self._schedule_length: int | None = None
         self._clock = time.perf_counter()
         self._publisher.check_adapter(self.model, self.hub_model_id)
 
@@ -197,7 +206,9 @@ class FederatedMixin:
         self._federation.optimizer.use(self.optimizer, self.lr_scheduler)
         run = self._run
         run.refuse_lost_clients()
-        if not run.resuming:
+        if self._federation.is_elsewhere:
+            self._client.go_on_from_stores(self.client_ids)
+        elif not run.resuming:
             with first_process_first(self.is_world_process_zero()):
                 self._federation.claim_stores(clear=not run.has_run)
             self._client.begin_run()
@@ -216,15 +227,35 @@ class FederatedMixin:
 
     def _begin_round(self) -> None:
         """The server samples clients and sends them A."""
-        self._clock = time.perf_counter()
         opened = self._transport.open_round()
+        self._clock = time.perf_counter()
         if opened is None:
+            self._client.open_none()
             self.control.should_training_stop = True
             return
+        if self._federation.is_elsewhere:
+            self._follow(opened[1])
         self._client.open(*opened)
         self._gradient_probe.check()
         round_ = self._client.round
         self._call_round_event("on_round_begin", round_index=round_.round_index, client_ids=round_.client_ids)
+
+    def _follow(self, broadcast: Broadcast) -> None:
+        """Takes over A and the place on the schedule from a server elsewhere."""
+        self._federation.note_broadcast(broadcast)
+        refuse_endless_schedule(self.args.lr_scheduler_type, broadcast.schedule_steps)
+        self._make_schedule(broadcast.schedule_steps)
+        self._federation.optimizer.move_to(broadcast.schedule_start)
+
+    def _make_schedule(self, length: int | None) -> None:
+        """Makes the schedule anew if it is to have another length, in local steps. It stands at its beginning then."""
+        optimizer = self._federation.optimizer
+        if not optimizer.steps_schedule or length == self._schedule_length:
+            return
+        self.lr_scheduler = None
+        self._schedule_length = length
+        self.callback_handler.lr_scheduler = self.create_scheduler(length or 1, self.optimizer)
+        optimizer.use(self.optimizer, self.lr_scheduler)
 
     def _begin_step(self) -> None:
         """Every client of the wave starts from A as it was sent and its own B."""
@@ -254,14 +285,20 @@ class FederatedMixin:
     def _send(self, updates: list[Update]) -> None:
         for update in updates:
             self._transport.send(update)
+        self._sent += updates
 
     def _close_round(self) -> None:
         """The server makes the weighted mean of what was returned the new A."""
-        record = self._transport.close_round(time.perf_counter() - self._clock, self.state.global_step)
+        seconds, step = time.perf_counter() - self._clock, self.state.global_step
+        record, updates, self._sent = self._transport.close_round(seconds, step), self._sent, []
         if record is None and not self._client.has_answered:
             self._client.reopen()
             return
-        self._client.end_round(record["clients"] if record["counted"] else ())
+        if record is None:
+            record = self._federation.note_round(updates, seconds, step)
+            self._client.end_round(None)
+        else:
+            self._client.end_round(record["clients"] if record["counted"] else ())
         if self.is_world_process_zero():
             self._federation.write_rounds()
         if self._rows.are_named:
@@ -315,7 +352,12 @@ class FederatedMixin:
                 "round is planned, and its batches do not say which rows are of which client. Change what "
                 "`super().get_train_dataloader()` returns, or pass a `data_collator`."
             )
-        epochs, steps_per_epoch, num_examples, _, total_batch_size, steps_in_epoch, _ = values
+        epochs, _, num_examples, _, total_batch_size, steps_in_epoch, _ = values
+        # A round ends where its batches do. It may be longer than any is now, if clients come.
+        steps_per_epoch = _ENDLESS
+        if self._federation.is_elsewhere:
+            epochs, max_steps = _ENDLESS, _ENDLESS * self._rounds[0].num_steps
+            return epochs, steps_per_epoch, num_examples, max_steps, total_batch_size, steps_in_epoch, max_steps
         # Rounds done may have been of other lengths than they would be by the present arguments.
         left = self._rounds[self._server.state.rounds_done :]
         max_steps = self._round_began_at() + sum(round_.num_steps for round_ in left)
@@ -351,9 +393,9 @@ class FederatedMixin:
 
     # Called once the optimizer is there, whoever made it, and before a resumed run's state is in it.
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
-        if self._local.plans_rounds:
+        if self._local.plans_rounds and not self._federation.is_elsewhere:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
-            _, num_training_steps = self._transport.schedule()
+            self._schedule_length = num_training_steps = self._server.schedule_steps()
         self._federation.optimizer.note(self.optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -514,6 +556,89 @@ class FederatedMixin:
         if self._run.at_rest or not self._rows.are_named:
             self._federation.take_edits(self._run.has_run)
 
+    # Clients that come and go
+
+    def add_client(self, client_id: str, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> None:
+        """
+        Lets another client take part from the next round on, with a B of its own that starts as everyone's did.
+
+        Call it between two `train()`, or in `on_round_end`; of several processes, in all of them. Rounds that are left
+        are sampled and planned anew, and the learning rate schedule is as long as they are.
+
+        Args:
+            client_id (`str`):
+                The client.
+            train_dataset ([`~datasets.Dataset`]):
+                Its rows, in the form of the other clients'.
+            eval_dataset ([`~datasets.Dataset`], *optional*):
+                Evaluation rows, in the same form.
+
+        Raises:
+            `ValueError`: there is a client of this name, or its rows do not go with those of the others.
+            `RuntimeError`: a round is open.
+        """
+        self._refuse_in_round("add_client")
+        rows = {client_id: train_dataset}
+        prepared = self._prepare_rows(self._rows.join_newcomer(rows, "train_dataset"))
+        held_out = None
+        if eval_dataset is not None:
+            joined = self._rows.join_newcomer({client_id: eval_dataset}, "eval_dataset")
+            held_out = self._rows.split(self._prepare_rows(joined))[client_id]
+        self.train_dataset = self._federation.add_client(client_id, self.train_dataset, prepared)
+        if held_out is not None:
+            self.eval_dataset = {**(self.eval_dataset or {}), client_id: held_out}
+        self._clients_have_changed()
+
+    def remove_client(self, client_id: str, forget: bool = False) -> None:
+        """
+        Lets a client take part no more, from the next round on. Its B stays in the store, and is saved no more.
+
+        Call it between two `train()`, or in `on_round_end`; of several processes, in all of them.
+
+        Args:
+            client_id (`str`):
+                The client.
+            forget (`bool`, *optional*, defaults to `False`):
+                Whether its B and optimizer state are deleted from the store, and its name and numbers from
+                `round_history`. **This does not undo what A has averaged**: A stays as it is, and so do the other
+                clients' B, which were trained with it. Checkpoints, saved folders, logs and repositories that were
+                written before keep what they hold.
+
+        Raises:
+            `ValueError`: there is no such client, or too few would be left for a round.
+            `RuntimeError`: a round is open.
+        """
+        self._refuse_in_round("remove_client")
+        self._check_client(client_id)
+        self._federation.remove_client(client_id, forget=forget)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {other: rows for other, rows in self.eval_dataset.items() if other != client_id}
+        self._clients_have_changed()
+
+    def _refuse_in_round(self, name: str) -> None:
+        if self._client.state.round_open:
+            raise RuntimeError(f"`{name}` in the middle of a round. Call it in `on_round_end`, or after training.")
+        if not self._local.plans_rounds or not self._rows.are_named:
+            raise ValueError(
+                f"`{name}`: the rows given to this trainer name no client, so it has a single one. Make it with a "
+                "dictionary from client id to rows."
+            )
+
+    def _clients_have_changed(self) -> None:
+        """Plans the rounds that are left anew."""
+        self.client_ids = self._rows.client_ids
+        self._publisher.client_ids = list(self.client_ids)
+        self.__dict__.pop("_row_fingerprints", None)
+        if not self._run.begun or self._run.at_rest:
+            return
+        self._federation.prepare()
+        self._rounds = self._federation.plan_rounds()
+        self._local.replace_rows(self._remove_unused_columns(self.train_dataset))
+        left = self._rounds[self._server.state.rounds_done :]
+        self.state.max_steps = self.state.global_step + sum(round_.num_steps for round_ in left)
+        self._make_schedule(self._server.schedule_steps())
+        self._federation.optimizer.move_to(self._server.state.schedule_start)
+
     # Evaluation
 
     def evaluate(
@@ -582,11 +707,16 @@ class FederatedMixin:
         self, client_id: str, rows: Dataset | str, ignore_keys: list[str] | None, prefix: str
     ) -> tuple[dict[str, Any], int]:
         """A client's metrics with its own adapter, and the number of rows."""
-        prefix = f"{prefix}_{client_id}"
-        with self._alone(), self.use_client(client_id):
+        with self.use_client(client_id):
+            return self._evaluate_rows(rows, f"{prefix}_{client_id}", ignore_keys, description=client_id)
+
+    def _evaluate_rows(
+        self, rows: Dataset | str, prefix: str, ignore_keys: list[str] | None, description: str
+    ) -> tuple[dict[str, Any], int]:
+        with self._alone():
             output = self.evaluation_loop(
                 self.get_eval_dataloader(rows),
-                description=f"Evaluation of {client_id}",
+                description=f"Evaluation of {description}",
                 prediction_loss_only=True if self.compute_metrics is None else None,
                 ignore_keys=ignore_keys,
                 metric_key_prefix=prefix,
@@ -661,7 +791,7 @@ class FederatedMixin:
             if not self._rows.are_named:
                 super().save_model(str(folder), _internal_call=True)
             torch.save(self.args, folder / "training_args.bin")
-            self._federation.save(folder, self._publisher)
+            save(self._federation, folder, self._publisher)
 
     def create_model_card(
         self,
@@ -687,12 +817,12 @@ class FederatedMixin:
         card = self._publisher.card_with(
             model_name=model_name, dataset_name=dataset_name, tags=tags, language=language, license=license
         )
-        federation = {**self._federation.describe(self._publisher), "processing_files": [], "card": card}
+        federation = {**describe(self._federation, self._publisher), "processing_files": [], "card": card}
         text = make_model_card(federation, self._server.state.history, None)
         write_text(Path(self.args.output_dir) / "README.md", text)
 
     def _identity(self) -> dict[str, Any]:
-        return self._federation.identity(self._run.base, self._row_fingerprints, self.optimizer_cls_and_kwargs)
+        return identity_of(self._federation, self._run.base, self._row_fingerprints, self.optimizer_cls_and_kwargs)
 
     @functools.cached_property
     def _row_fingerprints(self) -> dict[str, str]:
@@ -853,13 +983,38 @@ class FederatedMixin:
             self.model._is_accelerate_prepared = True
         with self._alone_in_its_folders(), self._federation.as_it_was_unless_begun(self._run):
             checkpoint = checkpoint_to_resume(Path(self.args.output_dir), resume_from_checkpoint)
+            if checkpoint and self._federation.is_elsewhere:
+                raise ValueError(
+                    f"`resume_from_checkpoint={resume_from_checkpoint!r}`, but the server is elsewhere, and its "
+                    "requests say where to go on. Call `train()` without it: what clients have is in their store."
+                )
             self._federation.prepare()
             if not checkpoint:
                 self._take_edits()
                 self._server.restart(uuid4().hex)
-            with explain_timeout(self.args.ddp_timeout_delta):
-                output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            self._transport.connect(self._host())
+            try:
+                with explain_timeout(self.args.ddp_timeout_delta):
+                    output = super().train(checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+            finally:
+                self._transport.close()
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
+
+    def _host(self) -> TrainerHost:
+        return TrainerHost(
+            self._federation, fingerprint_of(self._federation, self._run.base), self._evaluate_elsewhere
+        )
+
+    def _evaluate_elsewhere(self, client_id: str, shared: Tensors) -> dict[str, float]:
+        """A client's metrics with an A that a server elsewhere has sent and its own B."""
+        if client_id not in (self.eval_dataset or {}):
+            raise ValueError(f"Client {client_id!r} has no evaluation rows here.")
+        take_running_metrics(self)
+        was_training = self.model.training
+        with self._client.showing({**shared, **self._client.local_of(client_id)}):
+            metrics, num_examples = self._evaluate_rows(client_id, "eval", None, description=client_id)
+        self.model.train(was_training)
+        return {"num_examples": num_examples, **{k: v for k, v in metrics.items() if isinstance(v, (int, float))}}
 
     @contextlib.contextmanager
     def _alone_in_its_folders(self) -> Iterator[None]:

@@ -1,13 +1,19 @@
-"""Where the server is: in this process, or in all processes of a run alike."""
+"""Where the server is: in this process, in all processes of a run alike, or elsewhere.
+
+It is light to import: a process that only relays messages needs no accelerate.
+"""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+import torch
 
 from .messages import Broadcast, ClientInfo, Tensors, Update
 from .server.server import Server
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Host(Protocol):
@@ -22,6 +28,9 @@ class Host(Protocol):
     def evaluate(self, client_id: str, shared: Tensors) -> dict[str, float]:
         """Metrics of one client on its own rows, with a given A and its own B. Between rounds alone."""
 
+    def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
+        """Why a client cannot start from what it is sent, or `None`. Called in any thread."""
+
 
 class Transport(Protocol):
     """
@@ -29,6 +38,9 @@ class Transport(Protocol):
 
     One `Trainer.train()` is the whole participation, wherever the rounds come from.
     """
+
+    # Folder of clients whose server is elsewhere, which outlives the process. `None` if the server is in this run.
+    folder: Path | None
 
     def connect(self, host: Host) -> None:
         """Makes ready for a run."""
@@ -38,9 +50,6 @@ class Transport(Protocol):
 
     def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
         """Checks, as the run begins, that all who take part have the same rounds in mind."""
-
-    def schedule(self) -> tuple[int, int | None]:
-        """Local steps that the learning rate schedule has behind it, and its length if it has one."""
 
     def open_round(self) -> tuple[tuple[str, ...], Broadcast] | None:
         """The round's clients that live here, and what they are sent. It may wait. `None` ends the run."""
@@ -64,6 +73,8 @@ class InProcess:
             The server.
     """
 
+    folder = None
+
     def __init__(self, server: Server):
         self.server = server
 
@@ -76,9 +87,6 @@ class InProcess:
 
     def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
         pass
-
-    def schedule(self) -> tuple[int, int | None]:
-        return self.server.state.schedule_start, self.server.schedule_steps()
 
     def open_round(self) -> tuple[tuple[str, ...], Broadcast]:
         return self.server.begin_round()
@@ -114,15 +122,17 @@ class AcrossProcesses(InProcess):
             Connects the processes.
     """
 
-    def __init__(self, server: Server, accelerator: Accelerator):
+    def __init__(self, server: Server, accelerator: "Accelerator"):
         super().__init__(server)
         self.accelerator = accelerator
 
     def close_round(self, seconds: float, step: int) -> dict[str, Any] | None:
+        from accelerate.utils import gather_object
+
         self.server.reduce(self._sum, gather_object)
         return super().close_round(seconds, step)
 
-    def _sum(self, flat):
+    def _sum(self, flat: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(flat.to(self.accelerator.device), reduction="sum").cpu()
 
     def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
@@ -132,6 +142,8 @@ class AcrossProcesses(InProcess):
         Raises:
             `ValueError`: they differ.
         """
+        from accelerate.utils import gather_object
+
         plans = gather_object([list(map(tuple, rounds))])
         differing = [i for i, sampled in enumerate(zip(*plans, strict=True)) if len(set(sampled)) > 1]
         if differing:

@@ -6,20 +6,21 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .files import validate_client_ids, write_json
 from .flat import from_flat, in_layout, to_flat
-from .messages import Broadcast, ClientInfo, MessageError, Tensors, Update, from_bytes, to_bytes
+from .messages import Broadcast, ClientInfo, MessageError, Update, from_bytes, to_bytes
 from .outbox import Outbox
 from .run_lock import RunLock, RunLockError
 from .tensors import tensors_sha256
+from .transport import Host
 from .worker_connection import FlatMessage, WorkerError, pack, refuse_writable, unpack
 from .worker_socket import WorkerSocket
 
@@ -29,19 +30,6 @@ RUN = "run.json"
 # A request may be this many times as long as what is shared, and in any case this long, in bytes.
 MOST_TIMES = 4
 MOST_AT_LEAST = 64 << 20
-
-
-class Host(Protocol):
-    """What a transport asks of the trainer that it brings rounds to."""
-
-    def client_infos(self) -> list[ClientInfo]:
-        """The clients that live here."""
-
-    def shared_like(self) -> Tensors:
-        """What is shared, in names, shapes and dtypes, as clients train it."""
-
-    def evaluate(self, client_id: str, shared: Tensors) -> dict[str, float]:
-        """One client with the shared tensors that are passed and its own ones. Called between rounds only."""
 
 
 @dataclass(eq=False)
@@ -138,16 +126,11 @@ class OverSocket:
             self._lock.release()
             raise
 
-    def schedule(self) -> tuple[int, int | None]:
-        """
-        `schedule_start` and `schedule_steps` of the first request, which is waited for and left for `open_round`.
-        `(0, None)` if the worker is told to stop before there is one.
-        """
-        with self._changed:
-            self._changed.wait_for(lambda: self._why_closed or self._waiting or self._evaluations)
-            for request in self._waiting or self._evaluations:
-                return request.broadcast.schedule_start, request.broadcast.schedule_steps
-        return 0, None
+    def expected_rounds(self) -> None:
+        return None  # They are the server's to plan.
+
+    def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
+        pass
 
     def open_round(self) -> tuple[tuple[str, ...], Broadcast] | None:
         """
@@ -337,6 +320,8 @@ class OverSocket:
                 f"The request is for round {round_index}, but the client {client_id!r} has gone on to round {newest}, "
                 "and so has what it does not share. Go on from that round, or begin another run with a new worker."
             )
+        if (reason := self._host.refuse(client_id, request.broadcast)) is not None:
+            raise WorkerError(reason)
         for other in others:
             if other in self._waiting:
                 self._waiting.remove(other)

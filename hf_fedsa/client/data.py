@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch.utils.data import Sampler
 
 from ..files import validate_client_ids
@@ -163,6 +163,49 @@ class ClientRows:
         self.of = {client_id: rows[client_id] for client_id in self.client_ids}
         self.prepared = prepared.remove_columns(self.column)
         return self.prepared
+
+    # Clients that come and go
+
+    def join_newcomer(self, rows: Mapping[str, Any], name: str) -> Dataset:
+        """
+        A newcomer's rows as one dataset that names it.
+
+        Raises:
+            `ValueError`: there is a client of that name, or it has no rows.
+        """
+        (client_id,) = rows
+        if client_id in self.client_ids:
+            raise ValueError(f"There is a client {client_id!r} already. Give the newcomer another name.")
+        validate_client_ids([*self.client_ids, client_id])
+        return self.as_one_dataset(rows, name)
+
+    def add(self, client_id: str, prepared: Dataset) -> Dataset:
+        """
+        Puts a newcomer's prepared rows after those of the other clients.
+
+        Returns:
+            `Dataset`: the rows of all.
+
+        Raises:
+            `ValueError`: it has no row left, or other columns than the others.
+        """
+        if len(prepared) == 0:
+            raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length="..."))
+        if missing := sorted(self.prepared.features.keys() - prepared.features.keys()):
+            raise ValueError(
+                f"The rows of {client_id!r} have no column `{missing[0]}`, which those of the others have."
+            )
+        first = len(self.prepared)
+        prepared = prepared.select_columns(self.prepared.column_names).cast(self.prepared.features)
+        self.prepared = concatenate_datasets([self.prepared, prepared])
+        self.of = dict(sorted({**self.of, client_id: list(range(first, len(self.prepared)))}.items()))
+        self.client_ids = list(self.of)
+        return self.prepared
+
+    def remove(self, client_id: str) -> None:
+        """Forgets which rows are a client's. Nobody reads them any more."""
+        self.of = {other: rows for other, rows in self.of.items() if other != client_id}
+        self.client_ids = list(self.of)
 
     def lengths(self, column: str) -> np.ndarray | None:
         """

@@ -108,6 +108,10 @@ class ClientRuntime:
             kept = self.state.counted[client_id] in self.stores.optimizers.rounds(client_id)
             self.state.with_optimizer = sorted([*others, client_id]) if kept else others
 
+    def open_none(self) -> None:
+        """There is no round any more: an epoch that the Trainer has begun ends without a step."""
+        self.round = Round(self.state.round_index, (), ())
+
     def batches(self) -> Iterator[list[tuple[int, int]]]:
         """The open round's micro-batches as `(slot, row)` pairs."""
         return self.planner.micro_batches(self.round)
@@ -304,6 +308,33 @@ class ClientRuntime:
         self.stores.begin_run(counted, {client_id: counted[client_id] for client_id in with_optimizer})
         self.state = ClientState(counted=dict.fromkeys(counted, BEFORE), with_optimizer=with_optimizer)
         self._losses, self._counts, self.slot_of, self.trained = {}, {}, {}, ()
+
+    def go_on_from_stores(self, client_ids: Sequence[str]) -> None:
+        """Begins a run of clients that outlive their process: each has the B that it stored last."""
+        newest = {
+            client_id: rounds[-1] for client_id in client_ids if (rounds := self.stores.clients.rounds(client_id))
+        }
+        with_optimizer = [c for c, last in newest.items() if last in self.stores.optimizers.rounds(c)]
+        self._losses, self._counts, self.slot_of, self.trained = {}, {}, {}, ()
+        self.state = ClientState(counted=newest, with_optimizer=with_optimizer)
+
+    def forget(self, client_id: str) -> None:
+        """Deletes what a client has stored."""
+        self.state.counted.pop(client_id, None)
+        self.state.with_optimizer = [other for other in self.state.with_optimizer if other != client_id]
+        for store in (self.stores.clients, self.stores.optimizers):
+            store.keep(client_id, None)
+
+    def refuse(self, client_id: str, last_counted: int | None) -> str | None:
+        """Why a client cannot go on from the round that counted last for it, or `None`."""
+        stored = self.stores.clients.rounds(client_id)
+        if last_counted is None or last_counted in stored:
+            return None
+        return (
+            f"The last round that counted for client {client_id!r} is {last_counted}, and what it had after it is not "
+            f"in its store, which has the rounds {', '.join(map(str, stored)) or 'of nobody'}. Put the store back "
+            "that the client had in that round, or let the server forget the client, which then starts anew."
+        )
 
     # What clients have
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -109,6 +110,7 @@ class SideBySide:
         self.slots, self.noise = slots, noise
         self.clients_in_step, self.world_size = clients_in_step, world_size
         self.step = Step()
+        self._dataset: SlotDataset | None = None
         # Rows that the forward pass in progress serves, where it serves several clients at once.
         self._rows: SlotRows | None = None
 
@@ -117,8 +119,9 @@ class SideBySide:
         self, loader: DataLoader, batches: Callable[[], Iterator], length: int, args: TrainingArguments
     ) -> DataLoader:
         """A loader of `(slot, row)` batches with the settings of the Trainer's own."""
+        self._dataset = SlotDataset(loader.dataset)
         return DataLoader(
-            SlotDataset(loader.dataset),
+            self._dataset,
             batch_sampler=RoundSampler(batches, length),
             collate_fn=SlotCollator(loader.collate_fn),
             num_workers=args.dataloader_num_workers,
@@ -126,6 +129,10 @@ class SideBySide:
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def replace_rows(self, dataset: Dataset) -> None:
+        """Reads rows from another dataset from the next round on."""
+        self._dataset.dataset = dataset
 
     def samples(self, parent: Callable, count_items: Callable, epoch_iterator, num_batches, device):
         """A step's micro-batches. Each client's loss is normalised by its own tokens, counted as the Trainer would."""

@@ -296,7 +296,7 @@ class ClientStores:
         self.clients: ClientStore = _make_store(directory, "clients")
         self.optimizers: ClientStore = _make_store(directory, "optimizers")
         self._output_dir = output_dir
-        self._client_ids = sorted(client_ids)
+        self.client_ids = sorted(client_ids)
         self._named_by_user = named_by_user
         self._is_first = is_first
         self._claimed_as: str | None = None
@@ -404,7 +404,7 @@ class ClientStores:
         ours = self._claimed_as is not None and owner.get("run_id") == self._claimed_as
         if not ours and (any(self.clients) or any(self.optimizers)):
             same_place = owner.get("output_dir") in (known_as, str(output_dir))
-            same_run = owner.get("client_ids") == self._client_ids and (
+            same_run = owner.get("client_ids") == self.client_ids and (
                 same_place or (resuming and owner.get("run_id") == run_id)
             )
             # One that has finished may have left them nowhere else, in a folder that the user has named.
@@ -414,7 +414,7 @@ class ClientStores:
                     f"`client_store_dir={str(self.directory)!r}` holds the clients of another run, which this one "
                     "would overwrite. Resume that run from a checkpoint, or pass another directory."
                 )
-        write_json(self._run_file, {"output_dir": known_as, "client_ids": self._client_ids, "run_id": run_id})
+        write_json(self._run_file, {"output_dir": known_as, "client_ids": self.client_ids, "run_id": run_id})
         self._claimed_as = run_id
 
     def check(self) -> None:
