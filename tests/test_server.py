@@ -92,6 +92,14 @@ def test_what_is_given_to_a_server_is_copied():
     assert numbers(server.initial_shared) == [3.0, 2.0, 4.0]
 
 
+def test_the_a_that_a_server_begins_with_is_its_own_and_in_fp32():
+    shared = {"x": torch.tensor([3.0, 0.0]), "y": torch.tensor([4.0], dtype=torch.bfloat16, requires_grad=True)}
+    server = make_server(shared=shared)
+    shared["x"].fill_(1e6)
+    assert numbers(server.shared) == [3.0, 0.0, 4.0]
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in server.shared.values()} == {(torch.float32, False)}
+
+
 def test_a_travels_in_the_dtype_of_training_and_is_kept_in_fp32():
     server = make_server("ab", dtypes={"x": torch.bfloat16}, shared={**START, "x": torch.tensor([1 + 2**-9, 0.0])})
     _, broadcast = server.begin_round()

@@ -75,7 +75,7 @@ def refuse_update(update: Update, open_round: OpenRound | None, expected: Mappin
 def _refuse_contents(update: Update, expected: Mapping[str, torch.Tensor]) -> str | None:
     if not 0 < as_float(update.weight) < math.inf:
         return f"its `weight` is {update.weight!r:.100}, not a positive number"
-    if False:
+    if not 1 <= as_float(update.num_steps) < math.inf:
         return f"its `num_steps` is {update.num_steps!r:.100}: without a local step there is nothing to average"
     if "loss" not in update.metrics:
         return f"its `metrics` have no `loss`, but {sorted(update.metrics)}"
