@@ -401,7 +401,10 @@ class FederatedMixin:
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         parent, count_items = super().get_batch_samples, self._get_num_items_in_batch
-        return self._local.samples(parent, count_items, epoch_iterator, num_batches, device)
+        batches, num_items = self._local.samples(parent, count_items, epoch_iterator, num_batches, device)
+        if self._local.plans_rounds and not batches:
+            self.control.should_epoch_stop = True  # The round is over.
+        return batches, num_items
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

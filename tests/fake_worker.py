@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from hf_fedsa import worker
 from hf_fedsa.messages import Broadcast, ClientInfo, Update
 from hf_fedsa.tensors import tensors_sha256
 from hf_fedsa.worker import OverSocket
-from hf_fedsa.worker_connection import NoWorkerError, WorkerConnection, unpack
+from hf_fedsa.worker.connection import NoWorkerError, WorkerConnection, unpack
 
 LIKE = {"q.lora_A": torch.zeros(2, 3, dtype=torch.bfloat16), "v.lora_A": torch.zeros(2)}
 FINGERPRINT = {"base_model": "tiny", "adapter": {"r": 2, "target_modules": ["q", "v"]}}
@@ -50,6 +49,9 @@ class FakeTrainer:
 
     def shared_like(self):
         return LIKE
+
+    def refuse(self, client_id, broadcast):
+        return None
 
     def evaluate(self, client_id, shared):
         if shared["v.lora_A"][0] < 0:
@@ -145,18 +147,11 @@ def raw(folder, frame):
         return unpack(connection.recv_bytes())[0]
 
 
-# Processes of their own. They import what they need without the rest of the package.
-
-STUB = f"""
-import sys, types
-package = types.ModuleType("hf_fedsa")
-package.__path__ = [{str(Path(worker.__file__).parent)!r}]
-sys.modules["hf_fedsa"] = package
-"""
+# Processes of their own
 
 
 def python(code, *arguments):
-    command = [sys.executable, "-c", STUB + code, *map(str, arguments)]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE)
 
 

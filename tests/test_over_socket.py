@@ -11,11 +11,11 @@ import pytest
 import torch
 from fake_worker import FINGERPRINT, LIKE, Asking, FakeTrainer, ask, at_work, broadcast, facts, raw_connection, until
 
-from hf_fedsa import outbox, worker_socket
-from hf_fedsa.flat import from_flat, to_flat
 from hf_fedsa.messages import Broadcast, MessageError, Update, from_bytes, to_bytes
 from hf_fedsa.tensors import layout_sha256
-from hf_fedsa.worker_connection import FlatMessage, NoWorkerError, WorkerConnection, WorkerError, pack, unpack
+from hf_fedsa.worker import listener, outbox
+from hf_fedsa.worker.connection import FlatMessage, NoWorkerError, WorkerConnection, WorkerError, pack, unpack
+from hf_fedsa.worker.flat import from_flat, to_flat
 
 
 class TestRound:
@@ -297,7 +297,7 @@ class TestEnd:
         assert trainer.transport.open_round() is None
 
     def test_one_who_does_not_read_does_not_keep_it(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker_socket, "PATIENCE", 0.2)
+        monkeypatch.setattr(listener, "PATIENCE", 0.2)
         trainer = FakeTrainer(tmp_path, clients=["c" * 90 + str(index) for index in range(5000)])
         trainer.transport.connect(trainer)
         with raw_connection(tmp_path) as connection:

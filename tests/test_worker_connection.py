@@ -29,18 +29,17 @@ from fake_worker import (
     worker_process,
 )
 
-from hf_fedsa import flat, outbox, worker, worker_connection, worker_socket
-from hf_fedsa.flat import to_flat
 from hf_fedsa.messages import Update, to_bytes
 from hf_fedsa.run_lock import RunLockError
-from hf_fedsa.worker import OverSocket
-from hf_fedsa.worker_connection import NoWorkerError, WorkerConnection, WorkerError, pack, unpack
+from hf_fedsa.worker import OverSocket, connection, flat, listener, outbox, over_socket
+from hf_fedsa.worker.connection import NoWorkerError, WorkerConnection, WorkerError, pack, unpack
+from hf_fedsa.worker.flat import to_flat
 
-MODULES = [Path(module.__file__) for module in (worker, worker_connection, worker_socket, outbox, flat)]
+MODULES = [Path(module.__file__) for module in (over_socket, connection, listener, outbox, flat)]
 LIGHT = """
 import time
 start = time.process_time()
-from hf_fedsa.worker_connection import FlatMessage, NoWorkerError, WorkerConnection
+from hf_fedsa.worker.connection import FlatMessage, NoWorkerError, WorkerConnection
 seconds = time.process_time() - start
 """
 
@@ -146,14 +145,14 @@ class TestRefused:
 
         with at_work(tmp_path) as trainer:
             with monkeypatch.context() as patched:
-                patched.setattr(worker, "write_json", full)
+                patched.setattr(over_socket, "write_json", full)
                 with pytest.raises(WorkerError, match="could not answer the request: OSError.'No space left"):
                     ask(tmp_path)
             assert ask(tmp_path).client_id == "ann"
         assert trainer.trained == ["ann"]
 
     def test_a_request_that_is_too_long(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker, "MOST_AT_LEAST", 4000)
+        monkeypatch.setattr(over_socket, "MOST_AT_LEAST", 4000)
         with at_work(tmp_path) as trainer:
             shared = {"q.lora_A": torch.zeros(1 << 20)}
             with pytest.raises(WorkerError, match="longer than the 4000 bytes"):
@@ -162,7 +161,7 @@ class TestRefused:
         assert trainer.trained == ["ann"]
 
     def test_more_is_taken_where_more_is_shared(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker, "MOST_AT_LEAST", 0)
+        monkeypatch.setattr(over_socket, "MOST_AT_LEAST", 0)
         transport = OverSocket(tmp_path)
         host = FakeTrainer(tmp_path)
         host.shared_like = lambda: {"A": torch.zeros(1 << 10, dtype=torch.bfloat16)}
@@ -247,7 +246,7 @@ class TestWhoMayConnect:
             os.fchmod(handle, 0o644)
             return handle
 
-        monkeypatch.setattr(worker_socket.os, "open", without_modes)
+        monkeypatch.setattr(listener.os, "open", without_modes)
         with pytest.raises(PermissionError, match="on another one"):
             transport.connect(FakeTrainer(tmp_path))
         assert not (tmp_path / "worker.key").exists()
@@ -276,7 +275,7 @@ class TestWhoMayConnect:
             patched.setattr(os, "geteuid", lambda: 4242)
             patched.setattr(os, "stat", lambda path: os.stat_result([0o700, 0, 0, 0, 4243, *[0] * 5]))
             with pytest.raises(PermissionError, match="belongs to the user with number 4243, .* runs as 4242"):
-                worker_connection.refuse_writable(tmp_path)
+                connection.refuse_writable(tmp_path)
 
     def test_one_without_the_key_is_not_heard(self, tmp_path):
         with at_work(tmp_path):
@@ -297,13 +296,13 @@ class TestWhoMayConnect:
             silent.close()
 
     def test_a_port_where_there_are_no_socket_files(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker_socket, "FAMILY", "AF_INET")
+        monkeypatch.setattr(listener, "FAMILY", "AF_INET")
         with at_work(tmp_path):
             host, _ = json.loads((tmp_path / "worker.json").read_text())["address"]
             assert host == "127.0.0.1" and ask(tmp_path).client_id == "ann"
 
     def test_a_long_temporary_folder_is_avoided(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(worker_socket.tempfile, "tempdir", str(tmp_path / ("long" * 25)))
+        monkeypatch.setattr(listener.tempfile, "tempdir", str(tmp_path / ("long" * 25)))
         (tmp_path / ("long" * 25)).mkdir()
         with at_work(tmp_path / "worker"):
             assert ask(tmp_path / "worker").client_id == "ann"

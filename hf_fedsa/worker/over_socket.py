@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from .files import validate_client_ids, write_json
+from ..files import validate_client_ids, write_json
+from ..messages import Broadcast, ClientInfo, MessageError, Update, from_bytes, to_bytes
+from ..run_lock import RunLock, RunLockError
+from ..tensors import tensors_sha256
+from ..transport import Host
+from .connection import FlatMessage, WorkerError, pack, refuse_writable, unpack
 from .flat import from_flat, in_layout, to_flat
-from .messages import Broadcast, ClientInfo, MessageError, Update, from_bytes, to_bytes
+from .listener import WorkerSocket
 from .outbox import Outbox
-from .run_lock import RunLock, RunLockError
-from .tensors import tensors_sha256
-from .transport import Host
-from .worker_connection import FlatMessage, WorkerError, pack, refuse_writable, unpack
-from .worker_socket import WorkerSocket
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
-    from .messages import Broadcast, ClientInfo, Update
+    from ..messages import Broadcast, ClientInfo, Update
 
 VERSION = 1
 ADDRESS = "worker.json"
@@ -176,7 +176,7 @@ class WorkerConnection:
 
     def infos(self) -> "list[ClientInfo]":
         """The worker's clients. It says so at any time, also while they train."""
-        from .messages import ClientInfo
+        from ..messages import ClientInfo
 
         reply, _ = self._ask({"kind": "infos"})
         return [ClientInfo(**values) for values in reply["infos"]]
@@ -229,7 +229,7 @@ class WorkerConnection:
             return FlatMessage(values=reply["values"], array=content, layout=reply["layout"])
         if isinstance(broadcast, bytes):
             return content
-        from .messages import from_bytes
+        from ..messages import from_bytes
 
         return from_bytes(content)
 
@@ -292,6 +292,6 @@ def _in_form(broadcast: "Broadcast | bytes | FlatMessage") -> tuple[dict[str, An
         return {"values": broadcast.values, "layout": broadcast.layout}, broadcast.array
     if isinstance(broadcast, bytes):
         return {}, broadcast
-    from .messages import to_bytes
+    from ..messages import to_bytes
 
     return {}, to_bytes(broadcast)

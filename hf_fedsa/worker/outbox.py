@@ -9,8 +9,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .files import write_safetensors
-from .messages import MessageError, Update, from_bytes
+from ..files import write_safetensors
+from ..messages import MessageError, Update, from_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from multiprocessing import AuthenticationError, connection
 from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
 from pathlib import Path
 
-from .files import write_json
-from .worker_connection import ADDRESS, KEY, pack, read_key
+from ..files import write_json
+from .connection import ADDRESS, KEY, pack, read_key
 
 logger = logging.getLogger(__name__)
 

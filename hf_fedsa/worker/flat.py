@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from .messages import Broadcast, MessageError, Tensors, Update, from_bytes, to_bytes
-from .tensors import flatten, layout_sha256, unflatten
-from .worker_connection import FlatMessage
+from ..messages import Broadcast, MessageError, Tensors, Update, from_bytes, to_bytes
+from ..tensors import flatten, layout_sha256, unflatten
+from .connection import FlatMessage
 
 
 def to_flat(message: Broadcast | Update) -> FlatMessage:
