@@ -85,5 +85,5 @@ def classify(
         f"The adapter tensor `{key}` is neither shared nor local under method `{method.name}` (shared: "
         f"{', '.join(method.shared)}; local: {', '.join(method.local)}; modules_to_save: "
         f"{', '.join(modules_to_save or ()) or 'none'}). Add its last component to a row of "
-        "`hf_fedsa.client.parameters.ADAPTERS`."
+        "`hf_fedsa.adapters.ADAPTERS`."
     )

@@ -475,21 +475,21 @@ class TrainerHost:
     Args:
         federation ([`Federation`]):
             The trainer's federation.
-        fingerprint (`dict`):
-            What must be equal on all clients.
+        fingerprint (`Callable[[], dict]`):
+            Says what must be equal on all clients. It looks at the whole model.
         evaluate (`Callable[[str, dict[str, torch.Tensor]], dict[str, float]]`):
             Evaluates a client with a given A.
     """
 
     federation: Federation
-    fingerprint: dict[str, Any]
+    fingerprint: Callable[[], dict[str, Any]]
     evaluate: Callable[[str, Tensors], dict[str, float]]
 
     def client_infos(self) -> list[ClientInfo]:
         folder = self.federation.transport.folder
         worker = "" if folder is None else f"{socket.gethostname()}:{folder.resolve()}"
-        infos = self.federation.client_infos()
-        return [replace(info, worker=worker, fingerprint=self.fingerprint) for info in infos]
+        fingerprint = self.fingerprint()
+        return [replace(info, worker=worker, fingerprint=fingerprint) for info in self.federation.client_infos()]
 
     def shared_like(self) -> Tensors:
         return self.federation.server.sent()

@@ -337,10 +337,14 @@ class FederatedMixin:
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if self._local.plans_rounds:
+            if self._client.planner is None:  # Nothing runs yet: the loader is looked at.
+                self._federation.prepare()
             self._rounds = self._federation.plan_rounds()
         longest = max((round_.num_steps for round_ in self._rounds), default=0)
         length = longest * self.args.gradient_accumulation_steps
-        return self._local.loader(loader, self._client.batches, length, self.args)
+        next_round = self._rounds[min(self._server.state.rounds_done, len(self._rounds) - 1)] if self._rounds else None
+        batches = functools.partial(self._client.batches, next_round)
+        return self._local.loader(loader, batches, length, self.args)
 
     def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader):
         values = super().set_initial_training_values(args, dataloader)
@@ -1004,9 +1008,8 @@ class FederatedMixin:
         return TrainOutput(output.global_step, output.metrics["train_loss"], output.metrics)
 
     def _host(self) -> TrainerHost:
-        return TrainerHost(
-            self._federation, fingerprint_of(self._federation, self._run.base), self._evaluate_elsewhere
-        )
+        fingerprint = functools.partial(fingerprint_of, self._federation, self._run.base)
+        return TrainerHost(self._federation, fingerprint, self._evaluate_elsewhere)
 
     def _evaluate_elsewhere(self, client_id: str, shared: Tensors) -> dict[str, float]:
         """A client's metrics with an A that a server elsewhere has sent and its own B."""

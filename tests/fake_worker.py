@@ -108,18 +108,18 @@ class Asking:
 
     def __init__(self, *arguments, **keywords):
         self.result = self.error = None
-        self._thread = threading.Thread(target=self._ask, args=(arguments, keywords))
-        self._thread.start()
+        self.thread = threading.Thread(target=self.run, args=(arguments, keywords))
+        self.thread.start()
 
-    def _ask(self, arguments, keywords):
+    def run(self, arguments, keywords):
         try:
             self.result = ask(*arguments, **keywords)
         except Exception as error:
             self.error = error
 
     def get(self):
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
         if self.error:
             raise self.error
         return self.result

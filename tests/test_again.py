@@ -89,11 +89,12 @@ def test_a_store_that_another_trainer_has_used_is_not_read(tmp_path):
     assert max_difference(first.client_state_dict("client_2"), before) == 0
     owner = json.loads((tmp_path / "store" / "run.json").read_text())
     (tmp_path / "store" / "run.json").write_text(json.dumps({**owner, "run_id": "another", "finished": False}))
-    other = (tmp_path / "store" / "clients" / "client_0.safetensors").read_bytes()
+    (stored,) = (tmp_path / "store" / "clients" / "client_0").iterdir()
+    other = stored.read_bytes()
     for read in (first.shared_state_dict, lambda: first.client_state_dict("client_2"), first.save_model, first.train):
         with pytest.raises(ClientStoreError, match="another run has used it"):
             read()
-    assert (tmp_path / "store" / "clients" / "client_0.safetensors").read_bytes() == other
+    assert stored.read_bytes() == other
     (tmp_path / "store" / "run.json").write_text("{damaged")
     with pytest.raises(ValueError, match="holds the clients of another run"):
         make_trainer(tmp_path / "out", **arguments).train()

@@ -225,8 +225,8 @@ def test_upstream_pushes_by_keywords():
 
 
 def test_construction_takes_what_sft_trainer_takes():
-    *upstreams, own = parameter_names(FederatedTrainer.__init__)
-    assert own == "client_sampler"
+    *upstreams, sampler, transport = parameter_names(FederatedTrainer.__init__)
+    assert (sampler, transport) == ("client_sampler", "transport")
     assert tuple(upstreams) == parameter_names(SFTTrainer.__init__), (
         "SFTTrainer's constructor has changed; FederatedTrainer is to take the same arguments in the same order."
     )

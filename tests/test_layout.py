@@ -17,14 +17,10 @@ INSIDE = REPOSITORY / "tests" / "inside.py"
 HEADING = "## How it is cut"
 
 # Arrows that must not exist, and do: `(importer, imported)` -> why, and when it goes.
-ARROWS_ALLOWED = {
-    ("client.waves", "server.sampling"): "for the type of a sampler; goes when waves are planned of sampled clients",
-    ("callbacks", "trainer"): "for the type of the trainer; goes when it no longer hands itself to `RoundCallback`",
-}
-MOST_LINES = 450
+ARROWS_ALLOWED: dict[tuple[str, str], str] = {}
+MOST_LINES = 500
 LONG_FILES_ALLOWED = {
-    "trainer.py": "the round is not yet cut into objects",
-    "hub.py": "saving, publishing, pushing and loading are not yet apart",
+    "trainer.py": "what a Trainer's subclass has to override and what users call, with the docstrings of both",
 }
 
 
@@ -311,8 +307,8 @@ def test_no_file_is_too_long():
 
 
 def test_a_file_that_is_too_long_is_told(tmp_path):
-    package = make_package(tmp_path, {"a.py": "x = 1\n" * 450, "b/c.py": "x = 1\n" * 451})
-    assert too_long(package, []) == ["b/c.py has 451 lines, more than 450: divide it"]
+    package = make_package(tmp_path, {"a.py": "x = 1\n" * MOST_LINES, "b/c.py": "x = 1\n" * (MOST_LINES + 1)})
+    assert too_long(package, []) == [f"b/c.py has {MOST_LINES + 1} lines, more than {MOST_LINES}: divide it"]
     assert too_long(package, ["b/c.py"]) == []
     assert too_long(package, ["b/c.py", "a.py"]) == ["a.py is not too long: remove the exception"]
 
@@ -320,7 +316,6 @@ def test_a_file_that_is_too_long_is_told(tmp_path):
 # What an import loads
 
 
-@pytest.mark.xfail(raises=AssertionError, strict=True, reason="`hf_fedsa` does not resolve its names lazily yet.")
 @pytest.mark.parametrize("name", ["hf_fedsa", "hf_fedsa.server"])
 def test_an_import_loads_no_model_library(name):
     command = f"import sys, {name}; print(*sorted({{'transformers', 'peft', 'trl', 'datasets'}} & sys.modules.keys()))"

@@ -38,7 +38,7 @@ def adapter_kind(config: PeftConfig) -> AdapterKind:
             f"{type(config).__name__}({', '.join(unknown)})" if unknown else f"{type(config).__name__} ({peft_type})"
         )
         raise ValueError(
-            f"`peft_config` is a {kind}, and no row of `hf_fedsa.client.parameters.ADAPTERS` says which of its "
+            f"`peft_config` is a {kind}, and no row of `hf_fedsa.adapters.ADAPTERS` says which of its "
             f"tensors are shared. Covered are: {', '.join(sorted(row.name for row in ADAPTERS))}. Use one of those, "
             "or add a row."
         )

@@ -112,9 +112,9 @@ class ClientRuntime:
         """There is no round any more: an epoch that the Trainer has begun ends without a step."""
         self.round = Round(self.state.round_index, (), ())
 
-    def batches(self) -> Iterator[list[tuple[int, int]]]:
-        """The open round's micro-batches as `(slot, row)` pairs."""
-        return self.planner.micro_batches(self.round)
+    def batches(self, first: Round) -> Iterator[list[tuple[int, int]]]:
+        """The open round's micro-batches as `(slot, row)` pairs. Of `first` if no round was ever opened."""
+        return self.planner.micro_batches(self.round or first)
 
     @property
     def wave(self) -> Wave:
