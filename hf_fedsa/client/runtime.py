@@ -338,10 +338,6 @@ class ClientRuntime:
 
     # What clients have
 
-    def has_trained(self, client_id: str) -> bool:
-        """Whether a client's tensors must be in the store."""
-        return client_id in self.state.counted or client_id in self.state.returned
-
     def trains_elsewhere(self, client_id: str) -> bool:
         """Whether another process trains the client in the open round, and alone knows what it holds."""
         if not self.state.round_open or client_id not in self.round.client_ids:
