@@ -7,7 +7,7 @@ pickled, so reading a message from elsewhere runs no code of theirs.
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,10 @@ class Broadcast:
     schedule_start: int = 0
     schedule_steps: int | None = None
     run_id: str = ""
+
+    def to(self, client_id: str) -> "Broadcast":
+        """What one client is sent. It does not learn from it who else takes part."""
+        return replace(self, last_counted={client_id: self.last_counted.get(client_id)})
 
 
 @dataclass(frozen=True)

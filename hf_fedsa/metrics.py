@@ -117,9 +117,10 @@ def spread(by_name: Mapping[str, list[Any]], prefix: str) -> dict[str, float]:
     return {**logs, f"{prefix}_clients": max(map(len, by_name.values()))}
 
 
-def mean_over_rounds(history: Sequence[Mapping[str, Any]]) -> float:
-    """Mean training loss over rounds and clients."""
-    return fmean(loss for record in history for loss in record["losses"].values())
+def mean_over_rounds(history: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean training loss over rounds and clients, or `None` if no update has counted."""
+    losses = [loss for record in history for loss in record["losses"].values()]
+    return fmean(losses) if losses else None
 
 
 def rounds_jsonl(history: Iterable[Mapping[str, Any]]) -> str:

@@ -239,3 +239,10 @@ class TestFlat:
             {"b": self.SHAPED["b"], "a": self.SHAPED["a"], "C": self.SHAPED["c"]},
         ]
         assert len({expected, *map(layout_sha256, others)}) == 6
+
+
+def test_a_client_is_not_told_who_else_takes_part():
+    sent = Broadcast(4, {"A": torch.zeros(2)}, last_counted={"ann": 3, "bob": None, "eve": 1}, run_id="r").to("bob")
+    assert sent.last_counted == {"bob": None}
+    assert b"ann" not in to_bytes(sent) and b"eve" not in to_bytes(sent)
+    assert (sent.round_index, sent.run_id) == (4, "r")
