@@ -127,6 +127,8 @@ class Federation:
         self.results = EvaluationResults()
         # What some initialisations took out of the base weight, whatever the run starts from.
         self.created = {**clone_tensors(self.server.shared), **self.client.initial_local}
+        # Updates of the open round that have gone to a server elsewhere, without their tensors, and their bytes.
+        self._noted: list[tuple[Update, int]] = []
         # The federation that a newcomer comes from.
         self.origin: dict[str, Any] | None = None
 
@@ -242,13 +244,19 @@ class Federation:
         self.server.shared = {key: broadcast.shared[key].float() for key in self.server.shared}
         self.server.state.run_id = broadcast.run_id
 
-    def note_round(self, updates: Sequence[Update], seconds: float, step: int) -> dict[str, Any]:
+    def note_update(self, update: Update) -> None:
+        """Keeps what is to be recorded of an update that has gone to a server elsewhere."""
+        self._noted.append((replace(update, shared={}), count_bytes(update.shared)))
+
+    def note_round(self, seconds: float, step: int) -> dict[str, Any]:
         """
         Records what clients here did in a round whose record a server elsewhere keeps.
 
         Returns:
             `dict`: an entry of `round_history`. Whether the round has counted is not known: it is taken to.
         """
+        updates, bytes_up = [update for update, _ in self._noted], sum(size for _, size in self._noted)
+        self._noted = []
         answered = [update for update in updates if update.fault is None]
         record = round_metrics(
             round_index=self.client.state.round_index,
@@ -258,7 +266,7 @@ class Federation:
             staleness={update.client_id: None for update in answered},
             counted=True,
             bytes_down=len(updates) * count_bytes(self.server.sent()),
-            bytes_up=sum(count_bytes(update.shared) for update in answered),
+            bytes_up=bytes_up,
             seconds=seconds,
         )
         record |= {"step": step, "shared_sha256": tensors_sha256(self.server.shared)}

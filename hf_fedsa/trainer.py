@@ -176,7 +176,6 @@ class FederatedMixin:
         self._client, self._local = federation.client, federation.engine
         self._run = Run(base=base)
         self._rounds: list[Round] = []
-        self._sent: list[Update] = []
         self._schedule_length: int | None = None
         self._clock = time.perf_counter()
         self._publisher.check_adapter(self.model, self.hub_model_id)
@@ -285,17 +284,18 @@ class FederatedMixin:
     def _send(self, updates: list[Update]) -> None:
         for update in updates:
             self._transport.send(update)
-        self._sent += updates
+            if self._federation.is_elsewhere:
+                self._federation.note_update(update)
 
     def _close_round(self) -> None:
         """The server makes the weighted mean of what was returned the new A."""
         seconds, step = time.perf_counter() - self._clock, self.state.global_step
-        record, updates, self._sent = self._transport.close_round(seconds, step), self._sent, []
+        record = self._transport.close_round(seconds, step)
         if record is None and not self._client.has_answered:
             self._client.reopen()
             return
         if record is None:
-            record = self._federation.note_round(updates, seconds, step)
+            record = self._federation.note_round(seconds, step)
             self._client.end_round(None)
         else:
             self._client.end_round(record["clients"] if record["counted"] else ())

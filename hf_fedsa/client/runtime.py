@@ -237,7 +237,7 @@ class ClientRuntime:
     def _update_of(self, client_id: str, slot: int) -> Update:
         """What a client returns. Unless there is a fault, its B of this round is then in the store."""
         state, steps = self.state, self._counts.get(client_id, 0)
-        returned, local = self.slots.take(slot, "shared"), self.slots.take(slot, "local")
+        returned, local = self.slots.take(slot, "shared"), self.slots.select(slot, "local")
         fault = state.left_out.get(client_id)
         if fault is None:
             limit, total = self.settings.max_update_norm, float(self._losses[client_id])
