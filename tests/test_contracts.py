@@ -1224,3 +1224,10 @@ def test_every_vocabulary_of_transformers_is_known():
         f"{utils.hub.CHAT_TEMPLATE_DIR}/tool_use.jinja",
     ):
         assert is_known_processing_file(name)
+
+
+def test_a_trainer_has_no_public_name_that_no_user_may_call():
+    own = {name for kind in (FederatedTrainer, FederatedMixin) for name in vars(kind) if not name.startswith("_")}
+    inherited = {name for kind in SFTTrainer.__mro__ for name in vars(kind)}
+    documented = {"add_client", "client_state_dict", "from_shared", "remove_client", "round_history"}
+    assert own - inherited == documented | {"shared_state_dict", "use_client"}
