@@ -100,8 +100,7 @@ class FederatedConfig(SFTConfig):
         > Faults
 
         min_clients_per_round (`int`, *optional*, defaults to `1`):
-            Clients that must return an update for a round to count. If fewer do, A stays as it was; these clients keep
-            the B they have trained.
+            Clients that must return an update for a round to count. If fewer do, A and every B stay as they were.
         max_update_norm (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             Largest change of A that a client may return, as a multiple of the norm of the A it was sent (Frobenius
             norms over all layers). A client beyond it is left out of the round, as are those with a loss or an update

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Federation:
             client_settings(args),
             initial_local=slots.take(0, "local"),
             where_else=functools.partial(where_else, Path(args.output_dir)),
+            follows=self.is_elsewhere,
         )
         self.engine = self._engine(spans_processes)
         self.results = EvaluationResults()
@@ -494,8 +496,9 @@ class TrainerHost:
     evaluate: Callable[[str, Tensors], dict[str, float]]
 
     def client_infos(self) -> list[ClientInfo]:
-        folder = self.federation.transport.folder
-        worker = "" if folder is None else f"{socket.gethostname()}:{folder.resolve()}"
+        # Tells workers apart, and nothing of the machine.
+        place = f"{socket.gethostname()}:{Path(self.federation.transport.folder).resolve()}"
+        worker = sha256(place.encode()).hexdigest()[:16]
         fingerprint = self.fingerprint()
         return [replace(info, worker=worker, fingerprint=fingerprint) for info in self.federation.client_infos()]
 

@@ -1,4 +1,4 @@
-"""`FederatedMixin`: the federated algorithm over any `Trainer`."""
+"""`FederatedMixin` over any `Trainer`: a round from its beginning to its end, and what users call."""
 
 import contextlib
 import copy
@@ -625,6 +625,11 @@ class FederatedMixin:
     def _refuse_in_round(self, name: str) -> None:
         if self._client.state.round_open:
             raise RuntimeError(f"`{name}` in the middle of a round. Call it in `on_round_end`, or after training.")
+        if self._federation.is_elsewhere and self._run.begun and not self._run.at_rest:
+            raise RuntimeError(
+                f"`{name}` while a server elsewhere knows the clients that live here. Stop the worker first, and call "
+                "`train()` again."
+            )
         if not self._local.plans_rounds or not self._rows.are_named:
             raise ValueError(
                 f"`{name}`: the rows given to this trainer name no client, so it has a single one. Make it with a "

@@ -1,9 +1,12 @@
 """However many clients of a round a transport brings at a time, the same updates come back."""
 
+import dataclasses
+
+import inside
 import pytest
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer, max_difference
 
-from hf_fedsa import FederatedTrainer
+from hf_fedsa import FederatedCallback, FederatedTrainer
 from hf_fedsa.server import Server, ServerSettings
 
 NAMES = [f"client_{i}" for i in range(5)]
@@ -109,3 +112,40 @@ def test_in_process_is_a_server_elsewhere_that_asks_all_at_once(tmp_path):
         assert max_difference(here.client_state_dict(name), elsewhere.client_state_dict(name)) == 0
     for record, other in zip(here.round_history, transport.server.state.history, strict=True):
         assert {**record, "seconds": 0, "step": 0} == {**other, "seconds": 0, "step": 0}
+
+
+def test_rounds_that_do_not_count_one_after_the_other_leave_b_as_it_was(tmp_path):
+    class Loses(AFewAtATime):
+        def send(self, update):
+            if update.round_index in (1, 2):
+                lost = dataclasses.replace(update, shared={}, fault="it was lost on the way")
+                assert self.server.receive(lost) == "it was lost on the way"
+            else:
+                super().send(update)
+
+    class Watch(FederatedCallback):
+        ended: dict = {}
+
+        def on_round_end(self, args, state, control, metrics, trainer, **kwargs):
+            self.ended[metrics["round"]] = trainer.client_state_dict("client_3")
+
+    watch = Watch()
+    transport = Loses(tmp_path / "worker", size=5, num_rounds=4)
+    trainer = FederatedTrainer(
+        model=make_model(),
+        args=make_args(
+            tmp_path, reset_optimizer=False, lr_scheduler_type="constant", train_sampling_strategy="sequential"
+        ),
+        train_dataset={"client_3": make_rows(8, seed=3)},
+        processing_class=make_tokenizer(),
+        peft_config=make_lora(),
+        transport=transport,
+        callbacks=[watch],
+    )
+    trainer.train()
+    assert [record["counted"] for record in transport.server.state.history] == [True, False, False, True]
+    store = inside.client_store(trainer)
+    assert store.rounds("client_3") == [0, 3]
+    assert max_difference(store.get("client_3", 0), watch.ended[0]) == 0
+    assert max_difference(watch.ended[1], watch.ended[2]) == 0, "both began from the same A, B and optimizer state"
+    assert max_difference(watch.ended[3], watch.ended[0]) > 0

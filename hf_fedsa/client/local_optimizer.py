@@ -1,4 +1,4 @@
-"""One optimizer and schedule, many clients: what of them is a client's, and which cannot be shared."""
+"""One optimizer and schedule for many clients: a client's state reset or kept, the rate rewound per wave."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""One adapter's tensors on a PEFT model: its kind, its parameters and shapes, and a plain LoRA made of it."""
+"""One adapter's tensors on a PEFT model: its parameters and shapes, and a plain LoRA made of it."""
 
 import copy
 import math

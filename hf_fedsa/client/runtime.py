@@ -38,8 +38,10 @@ class ClientRuntime:
             What they are told once.
         initial_local (`dict[str, torch.Tensor]`):
             Where a client starts that has never trained.
-        where_else (`Callable[[], str]`):
-            Says where a copy is of what a store has lost.
+        where_else (`Callable[[str, str], str]`):
+            Says where a copy is of what a store has lost, from the store's name and the client.
+        follows (`bool`, *optional*, defaults to `False`):
+            Whether it is learned from the next [`Broadcast`] alone which rounds counted.
     """
 
     def __init__(
@@ -50,13 +52,14 @@ class ClientRuntime:
         settings: ClientSettings,
         initial_local: Tensors,
         where_else: Callable[[str, str], str],
+        follows: bool = False,
     ):
         self.slots, self.stores, self.optimizer = slots, stores, optimizer
         self.settings = settings
         # Their waves and rows, known when a run begins.
         self.planner: WavePlanner | WholePasses | None = None
         self.initial_local = initial_local
-        self.where_else = where_else
+        self.where_else, self.follows = where_else, follows
         self.state = ClientState()
         self.broadcast: Broadcast | None = None
         self.round: Round | None = None
@@ -89,7 +92,8 @@ class ClientRuntime:
             )
             self._losses, self._counts = {}, {}
             self.trained = ()
-            self._settle_before(client_ids)
+            if self.follows:
+                self._settle_before(client_ids)
         self.round = self.planner.plan(broadcast.round_index, client_ids, self.trained)
 
     def _settle_before(self, client_ids: Sequence[str]) -> None:
@@ -107,6 +111,9 @@ class ClientRuntime:
             others = [c for c in self.state.with_optimizer if c != client_id]
             kept = self.state.counted[client_id] in self.stores.optimizers.rounds(client_id)
             self.state.with_optimizer = sorted([*others, client_id]) if kept else others
+        for client_id in client_ids:
+            for store in (self.stores.clients, self.stores.optimizers):
+                store.keep(client_id, self.state.counted.get(client_id))
 
     def open_none(self) -> None:
         """There is no round any more: an epoch that the Trainer has begun ends without a step."""

@@ -1,4 +1,4 @@
-"""Clients to waves, rows to local steps."""
+"""Which clients train side by side (a wave), and on which rows in which step."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Many clients' tensors to one: the streaming weighted mean."""
+"""Many clients' tensors to one: the arithmetic of the streaming weighted mean."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""What the server does in a round: sample, send, receive, aggregate, record."""
+"""The server's part of a round: it samples, sends, receives, aggregates, records."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The socket that a worker is asked through: its key, its address, and a thread for each connection."""
+"""The socket of a worker: its key, its address, and a thread that passes bytes on for each connection."""
 
 import contextlib
 import json

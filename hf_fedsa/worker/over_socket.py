@@ -1,4 +1,4 @@
-"""A resident worker's transport: requests of a federation elsewhere come in over a local socket, updates go out."""
+"""A resident worker's transport: it reads requests of a federation elsewhere, refuses, queues and answers them."""
 
 import dataclasses
 import hashlib
