@@ -98,15 +98,15 @@ class ClientRuntime:
             last = self.broadcast.last_counted.get(client_id)
             if self.state.counted.get(client_id) in (last, BEFORE if last is None else last):
                 continue
-            stored = self.stores.clients.rounds(client_id)
-            if last is None and BEFORE not in stored:
-                self.state.counted.pop(client_id, None)
-                self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
-                continue
-            self.state.counted[client_id] = BEFORE if last is None else last
-            others = [c for c in self.state.with_optimizer if c != client_id]
-            kept = self.state.counted[client_id] in self.stores.optimizers.rounds(client_id)
-            self.state.with_optimizer = sorted([*others, client_id]) if kept else others
+            self.state.counted.pop(client_id, None)
+            self.state.with_optimizer = [c for c in self.state.with_optimizer if c != client_id]
+            if last is not None or BEFORE in self.stores.clients.rounds(client_id):
+                self.state.counted[client_id] = BEFORE if last is None else last
+                if self.state.counted[client_id] in self.stores.optimizers.rounds(client_id):
+                    self.state.with_optimizer = sorted([*self.state.with_optimizer, client_id])
+            # Or the next round would take the place of the one that counts, and this one might not count either.
+            for store in (self.stores.clients, self.stores.optimizers):
+                store.keep(client_id, self.state.counted.get(client_id))
 
     def open_none(self) -> None:
         """There is no round any more: an epoch that the Trainer has begun ends without a step."""
