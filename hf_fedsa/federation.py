@@ -34,7 +34,7 @@ from .identity import defaults_of
 from .messages import Broadcast, ClientInfo, Tensors, Update
 from .metrics import round_metrics, rounds_jsonl
 from .processes import first_process_first
-from .refusals import Shape, check_federation_size
+from .refusals import Shape, check_federation_size, refuse_endless_schedule
 from .run import Run
 from .server.sampling import ClientSampler
 from .server.server import Server
@@ -108,12 +108,14 @@ class Federation:
             named_by_user=args.client_store_dir is not None,
             is_first=accelerator.is_main_process,
         )
+        if self.is_elsewhere:
+            self.stores.refuse_claimed()
         self.optimizer = LocalOptimizer(
             slots,
             resets=shape.resets_optimizer,
             keeps=not shape.resets_optimizer and not shape.whole_passes,
             steps_schedule=not shape.whole_passes and args.lr_scheduler_type not in SCHEDULES_BY_METRIC,
-            many=len(self.client_ids) > 1,
+            many=not shape.is_alone,
         )
         self.client = ClientRuntime(
             slots,
@@ -262,7 +264,9 @@ class Federation:
             seconds=seconds,
         )
         record |= {"step": step, "shared_sha256": tensors_sha256(self.server.shared)}
-        self.server.state.history.append(record)
+        state = self.server.state
+        state.history.append(record)
+        state.last_round |= dict.fromkeys(record["clients"], record["round"])
         return record
 
     def evaluated_here(self, client_ids: Sequence[str]) -> list[str]:
@@ -495,4 +499,16 @@ class TrainerHost:
         return self.federation.server.sent()
 
     def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
-        return self.federation.client.refuse(client_id, broadcast.last_counted.get(client_id))
+        federation = self.federation
+        trained = ("A", "B") if federation.client.settings.sends_shared else ("B",)
+        if broadcast.trained != trained:
+            sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
+            return (
+                f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A is "
+                "trained."
+            )
+        try:
+            refuse_endless_schedule(federation.args, broadcast.schedule_steps)
+        except ValueError as error:
+            return str(error)
+        return federation.client.refuse(client_id, broadcast.last_counted.get(client_id))
