@@ -107,12 +107,14 @@ class Federation:
             named_by_user=args.client_store_dir is not None,
             is_first=accelerator.is_main_process,
         )
+        if self.is_elsewhere:
+            self.stores.refuse_claimed()
         self.optimizer = LocalOptimizer(
             slots,
             resets=shape.resets_optimizer,
             keeps=not shape.resets_optimizer and not shape.whole_passes,
             steps_schedule=not shape.whole_passes and args.lr_scheduler_type not in SCHEDULES_BY_METRIC,
-            many=len(self.client_ids) > 1,
+            many=not shape.is_alone,
         )
         self.client = ClientRuntime(
             slots,
@@ -270,7 +272,9 @@ class Federation:
             seconds=seconds,
         )
         record |= {"step": step, "shared_sha256": tensors_sha256(self.server.shared)}
-        self.server.state.history.append(record)
+        state = self.server.state
+        state.history.append(record)
+        state.last_round |= dict.fromkeys(record["clients"], record["round"])
         return record
 
     def evaluated_here(self, client_ids: Sequence[str]) -> list[str]:

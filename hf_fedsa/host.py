@@ -9,6 +9,7 @@ from typing import Any
 
 from .federation import Federation
 from .messages import Broadcast, ClientInfo, Tensors
+from .refusals import refuse_endless_schedule
 
 
 @dataclass(frozen=True)
@@ -40,4 +41,16 @@ class TrainerHost:
         return self.federation.server.sent()
 
     def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
-        return self.federation.client.refuse(client_id, broadcast.last_counted.get(client_id))
+        federation = self.federation
+        trained = ("A", "B") if federation.client.settings.sends_shared else ("B",)
+        if broadcast.trained != trained:
+            sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
+            return (
+                f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A is "
+                "trained."
+            )
+        try:
+            refuse_endless_schedule(federation.args, broadcast.schedule_steps)
+        except ValueError as error:
+            return str(error)
+        return federation.client.refuse(client_id, broadcast.last_counted.get(client_id))

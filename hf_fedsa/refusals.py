@@ -9,10 +9,11 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from .client.data import ClientRows
-from .client.local_optimizer import refuse_optimizer
+from .client.local_optimizer import SCHEDULES_BY_METRIC, refuse_optimizer
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .other_trainers import check_trainer, refuse_another_sampler
 from .peft_config import check_peft_model
+from .server.sampling import ClientSampler
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,6 @@ def refuse_before_model(trainer: Trainer, model: Any, args: FederatedConfig, row
     """
     if isinstance(model, PeftModel):
         check_peft_model(model)
-    if shape.is_elsewhere:
-        _refuse_elsewhere(args, rows)
     check_trainer(trainer, args, model, len(rows.client_ids), shape.num_slots)
     if rows.are_named or not shape.whole_passes:
         refuse_packing(args)
@@ -89,7 +88,8 @@ def refuse_before_model(trainer: Trainer, model: Any, args: FederatedConfig, row
         refuse_what_needs_the_trainer_loop(args)
         refuse_loss_scale(args, shape.num_slots)
         refuse_another_sampler(trainer)
-        refuse_optimizer(args.optim, keeps_state=not shape.resets_optimizer, num_clients=len(rows.client_ids))
+        num_clients = len(rows.client_ids) + shape.is_elsewhere  # There are others elsewhere.
+        refuse_optimizer(args.optim, keeps_state=not shape.resets_optimizer, num_clients=num_clients)
 
 
 def check_federation(args: FederatedConfig, rows: ClientRows) -> int:
@@ -201,7 +201,13 @@ def refuse_what_needs_the_trainer_loop(args: FederatedConfig) -> None:
         )
 
 
-def _refuse_elsewhere(args: FederatedConfig, rows: ClientRows) -> None:
+def refuse_elsewhere(args: FederatedConfig, rows: ClientRows, client_sampler: ClientSampler | None) -> None:
+    """
+    Refuses what cannot work where the server is elsewhere, and what is its own to say.
+
+    Raises:
+        `ValueError`: says what, and what to do.
+    """
     if not rows.are_named:
         raise ValueError(
             "`transport` brings rounds of a server that knows clients by their names, but `train_dataset` names none. "
@@ -212,24 +218,43 @@ def _refuse_elsewhere(args: FederatedConfig, rows: ClientRows) -> None:
             f"`transport` serves one process, but this run has {args.world_size}. Start one process per worker, each "
             "with clients and a folder of its own."
         )
-    if args.clients_per_round is not None:
-        raise ValueError(
-            f"`clients_per_round={args.clients_per_round}` is for the server to say, and `transport` says that it is "
-            "elsewhere. Leave it out."
-        )
+    theirs = {
+        "clients_per_round": args.clients_per_round,
+        "client_sampler": client_sampler,
+        "client_sampling": None if args.client_sampling == "uniform" else args.client_sampling,
+        "min_clients_per_round": None if args.min_clients_per_round == 1 else args.min_clients_per_round,
+    }
+    for name, value in theirs.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}={value!r}` is for the server to say, and `transport` says that it is elsewhere. Leave it "
+                "out."
+            )
 
 
 # Schedules that are the same however long they are.
-_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
+_ENDLESS_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt", *SCHEDULES_BY_METRIC)
 
 
-def refuse_endless_schedule(name: str, length: int | None) -> None:
+def refuse_endless_schedule(args: FederatedConfig, length: int | None) -> None:
     """
     Refuses a learning rate schedule that needs an end, where the federation has none.
 
+    Args:
+        args ([`FederatedConfig`]):
+            Names the schedule.
+        length (`int`, *optional*):
+            Its length in local steps. `None` if the federation has no fixed end.
+
     Raises:
-        `ValueError`: it does.
+        `ValueError`: it needs one.
     """
+    name = args.lr_scheduler_type
+    if length is None and 0 < args.warmup_steps < 1:
+        raise ValueError(
+            f"`warmup_steps={args.warmup_steps}` is a fraction of all steps, but the federation has no fixed end. Set "
+            "it to a number of local steps, or give the server a number of rounds."
+        )
     if length is None and name not in _ENDLESS_SCHEDULES:
         raise ValueError(
             f"`lr_scheduler_type='{getattr(name, 'value', name)}'` needs to know how many steps there will be, but "

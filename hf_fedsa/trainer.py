@@ -58,7 +58,7 @@ from .processes import (
     report_step,
     watch_launcher,
 )
-from .refusals import Shape, refuse_before_model, refuse_endless_schedule
+from .refusals import Shape, refuse_before_model, refuse_elsewhere, refuse_endless_schedule
 from .run import Run, checkpoint_to_resume, note_last_run
 from .server.sampling import ClientSampler
 from .tensors import clone_tensors
@@ -123,6 +123,8 @@ class FederatedMixin:
             train_dataset, args.client_column, expects_names=args.expects_clients, unseen=args.eval_unseen_clients
         )
         self.client_ids = rows.client_ids
+        if transport is not None:
+            refuse_elsewhere(args, rows, client_sampler)
         shape = Shape.of(args, rows, is_elsewhere=transport is not None)
         eval_dataset = rows.join_eval(eval_dataset)
         refuse_before_model(self, model, args, rows, shape)
@@ -243,18 +245,17 @@ class FederatedMixin:
     def _follow(self, broadcast: Broadcast) -> None:
         """Takes over A and the place on the schedule from a server elsewhere."""
         self._federation.note_broadcast(broadcast)
-        refuse_endless_schedule(self.args.lr_scheduler_type, broadcast.schedule_steps)
+        refuse_endless_schedule(self.args, broadcast.schedule_steps)
         self._make_schedule(broadcast.schedule_steps)
         self._federation.optimizer.move_to(broadcast.schedule_start)
 
     def _make_schedule(self, length: int | None) -> None:
         """Makes the schedule anew if it is to have another length, in local steps. It stands at its beginning then."""
-        optimizer = self._federation.optimizer
+        optimizer, length = self._federation.optimizer, length or 1
         if not optimizer.steps_schedule or length == self._schedule_length:
             return
         self.lr_scheduler = None
-        self._schedule_length = length
-        self.callback_handler.lr_scheduler = self.create_scheduler(length or 1, self.optimizer)
+        self.callback_handler.lr_scheduler = self.create_scheduler(length, self.optimizer)
         optimizer.use(self.optimizer, self.lr_scheduler)
 
     def _begin_step(self) -> None:
@@ -400,7 +401,8 @@ class FederatedMixin:
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer = None):
         if self._local.plans_rounds and not self._federation.is_elsewhere:
             # The learning rate follows the client's own steps, of which there are fewer than the run's.
-            self._schedule_length = num_training_steps = self._server.schedule_steps()
+            num_training_steps = self._server.schedule_steps()
+        self._schedule_length = num_training_steps
         self._federation.optimizer.note(self.optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -626,10 +628,10 @@ class FederatedMixin:
     def _refuse_in_round(self, name: str) -> None:
         if self._client.state.round_open:
             raise RuntimeError(f"`{name}` in the middle of a round. Call it in `on_round_end`, or after training.")
-        if self._federation.is_elsewhere and self._run.begun and not self._run.at_rest:
+        if self._federation.is_elsewhere and not self._run.at_rest:
             raise RuntimeError(
-                f"`{name}` while a server elsewhere knows the clients that live here. Stop the worker first, and call "
-                "`train()` again."
+                f"`{name}` while this worker is at work: the server knows its clients as they were when `train()` was "
+                "called. Stop the worker, and call it before the next `train()`."
             )
         if not self._local.plans_rounds or not self._rows.are_named:
             raise ValueError(

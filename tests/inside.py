@@ -28,7 +28,8 @@ from hf_fedsa import (
     run_lock,
     trackers,
 )
-from hf_fedsa.client.store import DiskClientStore
+from hf_fedsa.client.store import DiskClientStore, MemoryClientStore
+from hf_fedsa.worker import OverSocket
 
 # What the package knows of others
 
@@ -195,12 +196,45 @@ def without_gathering(trainer: FederatedTrainer) -> contextlib.AbstractContextMa
     return trainer._alone()
 
 
+# A worker
+
+
+def waiting_in(transport: OverSocket) -> list[Any]:
+    """Requests to train that have not begun."""
+    return transport._waiting
+
+
+def training_in(transport: OverSocket) -> dict[str, Any]:
+    """Requests of the open round that are not answered, by client."""
+    return transport._training
+
+
+def evaluations_in(transport: OverSocket) -> list[Any]:
+    """Requests to evaluate that wait for the round to end."""
+    return transport._evaluations
+
+
+def connections_of(transport: OverSocket) -> list[Any]:
+    """Connections that are open to a worker."""
+    return list(transport._socket._connections.values())
+
+
 # Stores and optimizers
 
 
 def client_store(trainer: FederatedTrainer) -> Any:
     """Where B is while its client does not train."""
     return trainer._federation.stores.clients
+
+
+def tensors_stored(store: MemoryClientStore) -> dict[str, dict[int, dict[str, torch.Tensor]]]:
+    """The tensors themselves that a store in memory holds, by client and round."""
+    return store._tensors
+
+
+def room_in(store: MemoryClientStore) -> list[dict[str, torch.Tensor]]:
+    """Memory that a store keeps for the next tensors."""
+    return [tensors for room in store._room.values() for tensors in room]
 
 
 def on_use_of_disk_stores(monkeypatch: pytest.MonkeyPatch, function: Callable[[str], None]) -> None:

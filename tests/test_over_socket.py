@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from fake_worker import FINGERPRINT, LIKE, Asking, FakeTrainer, ask, at_work, broadcast, facts, raw_connection, until
+from inside import connections_of, evaluations_in, training_in, waiting_in
 
 from hf_fedsa.messages import Broadcast, MessageError, Update, from_bytes, to_bytes
 from hf_fedsa.tensors import layout_sha256
@@ -58,38 +59,6 @@ class TestRound:
         with at_work(tmp_path) as trainer, pytest.raises(ValueError, match="'bob' in round 0 answers no request"):
             trainer.transport.send(Update("bob", 0, {}, 1.0, 1))
 
-    def test_the_schedule_is_known_before_the_first_round_opens(self, tmp_path):
-        trainer = FakeTrainer(tmp_path)
-        trainer.transport.connect(trainer)
-        asking = Asking(tmp_path, message=broadcast(3, schedule_start=6, schedule_steps=20))
-        assert trainer.transport.schedule() == (6, 20)
-        thread = threading.Thread(target=trainer.run)
-        thread.start()
-        assert asking.get().round_index == 3
-        with WorkerConnection(tmp_path) as connection:
-            connection.stop()
-        thread.join(20)
-        assert trainer.rounds[0][1].schedule_steps == 20
-
-    def test_no_schedule_if_it_stops_before(self, tmp_path):
-        trainer = FakeTrainer(tmp_path)
-        trainer.transport.connect(trainer)
-        with WorkerConnection(tmp_path) as connection:
-            connection.stop()
-            assert trainer.transport.schedule() == (0, None)
-            assert trainer.transport.open_round() is None
-        trainer.transport.close()
-
-    def test_the_schedule_does_not_wait_for_a_train_request_behind_an_evaluation(self, tmp_path):
-        trainer = FakeTrainer(tmp_path)
-        trainer.transport.connect(trainer)
-        with raw_connection(tmp_path) as connection:
-            header = {"kind": "evaluate", "client_id": "ann"}
-            connection.send_bytes(pack(header, to_bytes(broadcast(schedule_start=4, schedule_steps=9))))
-            assert trainer.transport.schedule() == (4, 9)
-            trainer.transport.close()
-            assert "has ended" in unpack(connection.recv_bytes())[0]["error"]
-
 
 class TestTogether:
     def test_two_clients_are_one_round(self, tmp_path):
@@ -120,7 +89,7 @@ class TestTogether:
     def test_who_was_sent_something_else_waits_for_a_turn(self, tmp_path, fields):
         with at_work(tmp_path, wait=0.2) as trainer:
             first = Asking(tmp_path, "ann", broadcast(), together=2)
-            until(lambda: trainer.transport._waiting)
+            until(lambda: waiting_in(trainer.transport))
             second = Asking(tmp_path, "bob", broadcast(**fields), together=2)
             first.get(), second.get()
         assert [client_ids for client_ids, _ in trainer.rounds] == [("ann",), ("bob",)]
@@ -128,7 +97,7 @@ class TestTogether:
     def test_of_one_client_the_newest_round_wins(self, tmp_path):
         with at_work(tmp_path, wait=20.0) as trainer:
             old = Asking(tmp_path, "ann", broadcast(0), together=2)
-            until(lambda: trainer.transport._waiting)
+            until(lambda: waiting_in(trainer.transport))
             new = Asking(tmp_path, "ann", broadcast(1))
             with pytest.raises(WorkerError, match="for round 1, has taken the place of this one for round 0 .*'ann'"):
                 old.get()
@@ -141,9 +110,9 @@ class TestRepeated:
         with at_work(tmp_path) as trainer:
             trainer.may_train.clear()
             asking = [Asking(tmp_path)]
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             asking.append(Asking(tmp_path))
-            until(lambda: len(trainer.transport._socket._connections) == 2)
+            until(lambda: len(connections_of(trainer.transport)) == 2)
             trainer.may_train.set()
             updates = [facts(request.get()) for request in asking] + [facts(ask(tmp_path))]
         assert trainer.trained == ["ann"] and updates == [updates[0]] * 3
@@ -167,7 +136,7 @@ class TestRepeated:
                 ask(tmp_path, message=broadcast(3))
             trainer.may_train.clear()
             asking = Asking(tmp_path, message=broadcast(6))
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             with pytest.raises(WorkerError, match="is for round 5, but .*'ann' has gone on to round 6"):
                 ask(tmp_path, message=broadcast(5))
             assert ask(tmp_path, message=broadcast(4)).round_index == 4
@@ -223,7 +192,7 @@ class TestBetweenRounds:
         with at_work(tmp_path) as trainer, WorkerConnection(tmp_path) as connection:
             trainer.may_train.clear()
             asking = Asking(tmp_path)
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             assert connection.infos() == trainer.client_infos()
             trainer.may_train.set()
             asking.get()
@@ -242,7 +211,7 @@ class TestBetweenRounds:
         with at_work(tmp_path) as trainer, raw_connection(tmp_path) as connection:
             trainer.may_train.clear()
             asking = Asking(tmp_path)
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             connection.send_bytes(pack({"kind": "evaluate", "client_id": "ann"}, to_bytes(broadcast())))
             assert not connection.poll(0.2)
             trainer.may_train.set()
@@ -262,12 +231,12 @@ class TestEnd:
         with at_work(tmp_path) as trainer:
             trainer.may_train.clear()
             training = Asking(tmp_path)
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             waiting = Asking(tmp_path, "bob")
-            until(lambda: trainer.transport._waiting)
+            until(lambda: waiting_in(trainer.transport))
             with raw_connection(tmp_path) as connection, WorkerConnection(tmp_path) as stopping:
                 connection.send_bytes(pack({"kind": "evaluate", "client_id": "ann"}, to_bytes(broadcast())))
-                until(lambda: trainer.transport._evaluations)
+                until(lambda: evaluations_in(trainer.transport))
                 stopping.stop()
                 assert "told to stop" in unpack(connection.recv_bytes())[0]["error"]
                 with pytest.raises(WorkerError, match="told to stop"):
@@ -283,7 +252,7 @@ class TestEnd:
         training = Asking(tmp_path)
         assert trainer.transport.open_round()[0] == ("ann",)
         waiting = Asking(tmp_path, "bob")
-        until(lambda: trainer.transport._waiting)
+        until(lambda: waiting_in(trainer.transport))
         with WorkerConnection(tmp_path) as idle:
             trainer.transport.close()
             with pytest.raises(WorkerError, match="without an update"):
@@ -314,7 +283,7 @@ class TestEnd:
             trainer.may_train.clear()
             gone = raw_connection(tmp_path)
             gone.send_bytes(pack({"kind": "train", "client_id": "ann"}, to_bytes(broadcast())))
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             gone.close()
             trainer.may_train.set()
             assert ask(tmp_path, "bob").client_id == "bob"

@@ -2,6 +2,7 @@
 
 import random
 
+import inside
 import pytest
 import torch
 
@@ -263,15 +264,15 @@ class TestClients:
 
 
 def addresses(store, client_id: str, round_index: int) -> set[int]:
-    return {tensor.data_ptr() for tensor in store._tensors[client_id][round_index].values()}
+    return {tensor.data_ptr() for tensor in inside.tensors_stored(store)[client_id][round_index].values()}
 
 
 def bytes_stored(store) -> int:
-    return sum(count_bytes(tensors) for rounds in store._tensors.values() for tensors in rounds.values())
+    return sum(count_bytes(tensors) for rounds in inside.tensors_stored(store).values() for tensors in rounds.values())
 
 
 def bytes_taken(store) -> int:
-    return bytes_stored(store) + sum(count_bytes(tensors) for room in store._room.values() for tensors in room)
+    return bytes_stored(store) + sum(count_bytes(tensors) for tensors in inside.room_in(store))
 
 
 class TestMemoryClientStore:

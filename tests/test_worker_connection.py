@@ -28,6 +28,7 @@ from fake_worker import (
     until,
     worker_process,
 )
+from inside import training_in
 
 from hf_fedsa.messages import Update, to_bytes
 from hf_fedsa.run_lock import RunLockError
@@ -37,6 +38,7 @@ from hf_fedsa.worker.flat import to_flat
 
 MODULES = [Path(module.__file__) for module in (over_socket, connection, listener, outbox, flat)]
 LIGHT = """
+import sys
 import time
 start = time.process_time()
 from hf_fedsa.worker.connection import FlatMessage, NoWorkerError, WorkerConnection
@@ -97,7 +99,7 @@ class TestRefused:
         with at_work(tmp_path) as trainer:
             trainer.may_train.clear()
             asking = Asking(tmp_path, message=broadcast(value=17.0))
-            until(lambda: trainer.transport._training)
+            until(lambda: training_in(trainer.transport))
             with pytest.raises(WorkerError, match="in the run 'a_run'"):
                 ask(tmp_path, "bob", broadcast(run_id="b_run"))
             trainer.may_train.set()
@@ -166,8 +168,14 @@ class TestRefused:
         host = FakeTrainer(tmp_path)
         host.shared_like = lambda: {"A": torch.zeros(1 << 10, dtype=torch.bfloat16)}
         transport.connect(host)
-        assert transport._socket._most_bytes == 4 * 4 * (1 << 10)
-        transport.close()
+        try:
+            most = 4 * 4 * (1 << 10)
+            assert "no frame" in raw(tmp_path, b" " * most)["error"]
+            with raw_connection(tmp_path) as connection:
+                os.write(connection.fileno(), (most + 1).to_bytes(4, "big"))
+                assert f"longer than the {most} bytes" in unpack(connection.recv_bytes())[0]["error"]
+        finally:
+            transport.close()
 
 
 class Executed:

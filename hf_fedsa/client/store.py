@@ -417,6 +417,19 @@ class ClientStores:
         write_json(self._run_file, {"output_dir": known_as, "client_ids": self.client_ids, "run_id": run_id})
         self._claimed_as = run_id
 
+    def refuse_claimed(self) -> None:
+        """
+        Refuses stores of clients of a run, for clients that take part in a federation elsewhere.
+
+        Raises:
+            `ValueError`: a run has claimed them.
+        """
+        if self.directory is not None and self._owner() and (any(self.clients) or any(self.optimizers)):
+            raise ValueError(
+                f"`client_store_dir={str(self.directory)!r}` holds the clients of a run that has its server in it, "
+                "which clients of a server elsewhere would overwrite. Pass another directory, or leave it out."
+            )
+
     def check(self) -> None:
         """Raises [`ClientStoreError`] if stores on disk are no longer those of this trainer's last run."""
         if self._claimed_as is not None and self._owner().get("run_id") != self._claimed_as:

@@ -1,0 +1,332 @@
+"""A trainer serves the rounds of a server elsewhere: what it computes is what it would have with the server in it."""
+
+import contextlib
+import math
+import threading
+from pathlib import Path
+
+import inside
+import pytest
+import torch
+from conftest import max_difference
+from fake_worker import Asking, ask, until
+from safetensors.torch import load_file
+from worker_run import CLIENTS, make_trainer, make_worker, rows_of
+
+from hf_fedsa import FederatedCallback
+from hf_fedsa.messages import Broadcast, to_bytes
+from hf_fedsa.server import Server, ServerSettings
+from hf_fedsa.tensors import tensors_sha256
+from hf_fedsa.worker import NoWorkerError, WorkerConnection, WorkerError
+
+
+class Rates(FederatedCallback):
+    """Learning rate of every local step, by round, client and step."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_round_begin(self, args, state, control, round_index, client_ids, **kwargs):
+        self.round_index = round_index
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for client_id in inside.clients_in_slots(self.trainer):
+            step = inside.wave_steps(self.trainer)
+            self.found[self.round_index, client_id, step] = optimizer.param_groups[0]["lr"]
+
+
+def watched(make, *arguments, **kwargs):
+    rates = Rates()
+    rates.trainer = make(*arguments, callbacks=[rates, *kwargs.pop("callbacks", [])], **kwargs)
+    return rates.trainer, rates.found
+
+
+@contextlib.contextmanager
+def at_work(trainer):
+    """A worker in a thread of its own. What it raises is raised here."""
+    errors = []
+
+    def train():
+        try:
+            trainer.train()
+        except BaseException as error:
+            errors.append(error)
+
+    folder = worker_folder(trainer)
+    thread = threading.Thread(target=train)
+    thread.start()
+    until(lambda: (folder / "worker.json").exists() or not thread.is_alive())
+    try:
+        yield folder
+    finally:
+        with contextlib.suppress(NoWorkerError), WorkerConnection(folder) as connection:
+            connection.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+
+
+def worker_folder(trainer) -> Path:
+    return Path(trainer.args.output_dir) / "worker"
+
+
+def stored(folder, client_id, store="clients"):
+    """What a worker has stored of a client, by round."""
+    files = sorted((folder / "client_store" / store / client_id).glob("round-*.safetensors"))
+    return {int(path.stem.removeprefix("round-")): load_file(path) for path in files}
+
+
+def request(trainer_or_shared, round_index=0, add=0.0, last=None, **fields):
+    """A broadcast to one client or several, all of which have the same past."""
+    shared = trainer_or_shared if isinstance(trainer_or_shared, dict) else trainer_or_shared.shared_state_dict()
+    last_counted = last if isinstance(last, dict) else dict.fromkeys(CLIENTS, last)
+    values = {"schedule_start": 3 * round_index, "schedule_steps": 15, "run_id": "a_run", **fields}
+    shared = {key: tensor + add for key, tensor in shared.items()}
+    return Broadcast(round_index, shared, last_counted=last_counted, **values)
+
+
+def same(first, second):
+    return tensors_sha256(first) == tensors_sha256(second)
+
+
+def serve_round(server, folders, order=()):
+    """
+    One round of a server whose clients live in the workers of these folders, one worker after the other. Updates
+    arrive as in `order`, or else in the order of the clients' ids.
+    """
+    client_ids, broadcast = server.begin_round()
+    updates = {}
+    for folder, living in folders.items():
+        here = [client_id for client_id in client_ids if client_id in living]
+        asking = {client_id: Asking(folder, client_id, broadcast, together=len(here)) for client_id in here}
+        updates |= {client_id: one.get() for client_id, one in asking.items()}
+    for client_id in [*order] or sorted(updates):
+        assert server.receive(updates[client_id]) is None
+    return server.end_round(0.0)
+
+
+def make_server(trainer, folders, **settings):
+    """A server that samples as the one in a trainer does, of the clients in these workers."""
+    infos = {}
+    for folder in folders:
+        with WorkerConnection(folder) as connection:
+            infos |= {info.client_id: info for info in connection.infos()}
+    args = trainer.args
+    values = {"seed": args.seed, "num_rounds": args.num_rounds, "clients_per_round": args.clients_per_round}
+    return Server(trainer.shared_state_dict(), infos, ServerSettings(**values | settings), run_id="a_run")
+
+
+class TestTheSameAsInProcess:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"lr_scheduler_type": "cosine"},
+            {"lr_scheduler_type": "linear", "local_steps": None, "local_epochs": 1},
+            {"optim": "adamw_torch", "reset_optimizer": False, "aggregation_weighting": "uniform"},
+        ],
+        ids=["steps", "epochs", "kept optimizer"],
+    )
+    def test_five_clients_in_two_workers(self, tmp_path, arguments):
+        common = {"num_rounds": 4, "clients_per_round": 3, **arguments}
+        expected, rates = watched(make_trainer, tmp_path / "in_process", **common)
+        halves = {"first": CLIENTS[:3], "second": CLIENTS[3:]}
+        workers = {name: watched(make_worker, tmp_path / name, here, **arguments) for name, here in halves.items()}
+        with contextlib.ExitStack() as stack:
+            folders = {stack.enter_context(at_work(w)): w.client_ids for w, _ in workers.values()}
+            server = make_server(expected, folders)
+            expected.train()
+            # The one in process receives updates as its clients take turns.
+            turns = [[c for index, c, step in rates if index == r and step == 0] for r in range(4)]
+            records = [serve_round(server, folders, order) for order in turns]
+        found_rates = {key: rate for _, found in workers.values() for key, rate in found.items()}
+        assert found_rates == rates and len(set(rates.values())) > 3
+        for record, wanted in zip(records, expected.round_history, strict=True):
+            for name in record.keys() - {"seconds", "step"}:
+                assert record[name] == wanted[name], name
+        assert same(server.shared, expected.shared_state_dict())
+        took_part = {client_id: max(r["round"] for r in records if client_id in r["clients"]) for client_id in CLIENTS}
+        assert len({*took_part.values()}) > 1
+        for folder, client_ids in folders.items():
+            for client_id in client_ids:
+                assert same(stored(folder, client_id)[took_part[client_id]], expected.client_state_dict(client_id))
+        for trainer, _ in workers.values():
+            for client_id in trainer.client_ids:
+                assert same(trainer.client_state_dict(client_id), expected.client_state_dict(client_id))
+
+    def test_side_by_side_in_a_worker(self, tmp_path):
+        expected = make_trainer(tmp_path / "in_process", num_rounds=2)
+        worker = make_worker(tmp_path, parallel_clients=None)
+        with at_work(worker) as folder:
+            server = make_server(expected, [folder])
+            expected.train()
+            for _ in range(2):
+                serve_round(server, {folder: CLIENTS})
+        assert [len(record["clients"]) for record in worker.round_history] == [5, 5]
+        assert worker.state.global_step < expected.state.global_step
+        assert max_difference(server.shared, expected.shared_state_dict()) < 1e-6
+        for client_id in CLIENTS:
+            assert max_difference(worker.client_state_dict(client_id), expected.client_state_dict(client_id)) < 1e-6
+
+    # Of one client alone, the Trainer's own loop would train whole passes.
+    def test_a_worker_of_one_client(self, tmp_path):
+        arguments = {"local_steps": None, "local_epochs": 1, "gradient_accumulation_steps": 2}
+        expected, rates = watched(make_trainer, tmp_path / "in_process", num_rounds=1, **arguments)
+        worker, found_rates = watched(make_worker, tmp_path, ["client_3"], **arguments)
+        with at_work(worker) as folder:
+            message = request(expected, schedule_steps=expected.args.num_rounds * 3)
+            update = ask(folder, "client_3", message)
+        expected.train()
+        assert found_rates == {key: rate for key, rate in rates.items() if key[1] == "client_3"}
+        [record] = expected.round_history
+        assert update.metrics == {"loss": record["losses"]["client_3"]}
+        assert update.weight == record["weights"]["client_3"] == len(rows_of("client_3"))
+        assert same(worker.client_state_dict("client_3"), expected.client_state_dict("client_3"))
+
+
+class TestRounds:
+    def test_skipped_and_repeated(self, tmp_path):
+        worker, rates = watched(make_worker, tmp_path, ["client_1"], lr_scheduler_type="linear")
+        sent = {index: request(worker, index, last=last) for index, last in ((0, None), (3, 0), (4, 3))}
+        with at_work(worker) as folder:
+            for message in sent.values():
+                first, steps = ask(folder, "client_1", to_bytes(message)), worker.state.global_step
+                assert ask(folder, "client_1", to_bytes(message)) == first
+                assert worker.state.global_step == steps
+        assert worker.state.global_step == 9
+        assert [record["round"] for record in worker.round_history] == [0, 3, 4]
+        assert [rates[index, "client_1", 0] for index in sent] == pytest.approx([0.1, 0.1 * 6 / 15, 0.1 * 3 / 15])
+
+    def test_the_schedule_gets_longer(self, tmp_path):
+        worker, rates = watched(make_worker, tmp_path, ["client_1"], lr_scheduler_type="linear")
+        with at_work(worker) as folder:
+            for index, length in enumerate((9, 9, 18, 36)):
+                message = request(worker, index, last=index - 1 if index else None, schedule_steps=length)
+                ask(folder, "client_1", message)
+        expected = [0.1 * (length - step) / length for length, step in ((9, 0), (9, 3), (18, 6), (36, 9))]
+        assert [rates[index, "client_1", 0] for index in range(4)] == pytest.approx(expected)
+        # Called again, it begins with a schedule of its own.
+        first = next(iter(rates.items()))
+        rates.clear()
+        with at_work(worker) as folder:
+            ask(folder, "client_1", request(worker, 4, last=3, schedule_steps=36))
+        assert rates[4, "client_1", 0] == pytest.approx(0.1 * 24 / 36)
+        assert first[1] == 0.1
+
+    def test_without_an_end(self, tmp_path):
+        worker, rates = watched(make_worker, tmp_path / "constant", ["client_1"], lr_scheduler_type="constant")
+        with at_work(worker) as folder:
+            for index in range(2):
+                ask(folder, "client_1", request(worker, index, last=index - 1 if index else None, schedule_steps=None))
+        assert set(rates.values()) == {0.1} and len(rates) == 6
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type='cosine'` needs to know how many steps"),
+            ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, "`warmup_steps=0.1` is a fraction"),
+        ],
+    )
+    def test_a_schedule_that_needs_an_end_is_refused_before_the_client_trains(self, tmp_path, arguments, reason):
+        worker = make_worker(tmp_path, ["client_1"], **arguments)
+        with at_work(worker) as folder:
+            with pytest.raises(WorkerError, match=reason):
+                ask(folder, "client_1", request(worker, schedule_steps=None))
+            assert worker.state.global_step == 0 and stored(folder, "client_1") == {}
+            assert ask(folder, "client_1", request(worker)).fault is None
+            # Evaluating needs no schedule.
+            with WorkerConnection(folder) as connection:
+                assert connection.evaluate("client_1", request(worker, schedule_steps=None))["eval_loss"] > 0
+
+    def test_what_is_to_train_is_what_trains_here(self, tmp_path):
+        worker = make_worker(tmp_path, ["client_1"])
+        with at_work(worker) as folder:
+            with pytest.raises(WorkerError, match=r"`trained` is B, but A, B train in this worker"):
+                ask(folder, "client_1", request(worker, trained=("B",)))
+        assert worker.round_history == []
+
+
+class TestBByRound:
+    @pytest.mark.parametrize("restarted", [False, True])
+    def test_rounds_that_did_not_count_are_as_if_they_had_not_been(self, tmp_path, restarted):
+        kept = {"optim": "adamw_torch", "learning_rate": 1e-2, "reset_optimizer": False}
+
+        def run(folder, rounds):
+            worker = make_worker(folder, ["client_1", "client_2"], **kept)
+            shared = worker.shared_state_dict()
+            parts = [[part] for part in rounds] if restarted else [rounds]
+            for part in parts:
+                worker = make_worker(folder, ["client_1", "client_2"], **kept) if restarted else worker
+                with at_work(worker) as at:
+                    for index, last in part:
+                        message = request(shared, index, add=0.01 * index, last={"client_1": last, "client_2": 0})
+                        update = ask(at, "client_1", message)
+                        assert len(stored(at, "client_1")) <= 2 and len(stored(at, "client_1", "optimizers")) <= 2
+            return update, stored(at, "client_1")[index], stored(at, "client_1", "optimizers")[index]
+
+        # Two in a row, and then one that did.
+        found = run(tmp_path / "found", [(0, None), (1, 0), (2, 0), (3, 0), (5, 3)])
+        wanted = run(tmp_path / "wanted", [(0, None), (3, 0), (5, 3)])
+        for first, second in zip(found[1:], wanted[1:], strict=True):
+            assert same(first, second)
+        assert same(found[0].shared, wanted[0].shared) and found[0].metrics == wanted[0].metrics
+        if not restarted:
+            # It is not the first round that did not count either.
+            never = run(tmp_path / "never", [(1, None), (2, None), (3, None)])
+            anew = run(tmp_path / "anew", [(3, None)])
+            assert same(never[1], anew[1]) and same(never[2], anew[2]) and not same(never[1], found[1])
+
+    def test_a_round_that_the_store_has_not_is_refused_and_the_worker_goes_on(self, tmp_path):
+        worker = make_worker(tmp_path, ["client_1"])
+        with at_work(worker) as folder:
+            with pytest.raises(WorkerError, match="counted for client 'client_1' is 7, .*has the rounds of nobody"):
+                ask(folder, "client_1", request(worker, 8, last=7))
+            ask(folder, "client_1", request(worker, 0))
+            with pytest.raises(WorkerError, match="is 7, .*which has the rounds 0. Put the store back"):
+                ask(folder, "client_1", request(worker, 8, last=7))
+            assert ask(folder, "client_1", request(worker, 8, last=0)).fault is None
+
+    def test_a_store_of_a_simulation_is_not_overwritten(self, tmp_path):
+        store = str(tmp_path / "store")
+        make_trainer(tmp_path / "in_process", ["client_0", "client_1"], client_store_dir=store).train()
+        with pytest.raises(ValueError, match="holds the clients of a run that has its server in it"):
+            make_worker(tmp_path, ["client_1"], client_store_dir=store)
+
+
+class TestFaults:
+    def test_a_sole_client_that_is_left_out_answers(self, tmp_path):
+        class Break(FederatedCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step in (4, 7):
+                    with torch.no_grad():
+                        for parameter in inside.slot_parameters(worker, 0, "local").values():
+                            parameter.fill_(math.nan)
+
+        worker = make_worker(tmp_path, ["client_1"], callbacks=[Break()])
+        with at_work(worker) as folder:
+            ask(folder, "client_1", request(worker, 0))
+            before = stored(folder, "client_1")
+            update = ask(folder, "client_1", request(worker, 1, last=0))
+            assert update.fault == "its loss is nan" and update.shared == {} and update.weight == 0.0
+            after = stored(folder, "client_1")
+            assert after.keys() == before.keys() == {0} and same(after[0], before[0])
+            ask(folder, "client_1", request(worker, 2, last=0))
+            assert ask(folder, "client_1", request(worker, 3, last=0)).fault is None
+        assert [record["clients"] for record in worker.round_history] == [["client_1"], [], [], ["client_1"]]
+        reference = make_worker(tmp_path / "reference", ["client_1"])
+        with at_work(reference) as folder:
+            ask(folder, "client_1", request(reference, 0))
+            ask(folder, "client_1", request(reference, 3, last=0))
+        assert same(worker.client_state_dict("client_1"), reference.client_state_dict("client_1"))
+
+    def test_nothing_but_faults(self, tmp_path):
+        class Break(FederatedCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                with torch.no_grad():
+                    for parameter in inside.slot_parameters(worker, 0, "local").values():
+                        parameter.fill_(math.nan)
+
+        worker = make_worker(tmp_path, ["client_1"], callbacks=[Break()])
+        with at_work(worker) as folder:
+            assert ask(folder, "client_1", request(worker)).fault == "its loss is nan"
+        assert stored(folder, "client_1") == {}
