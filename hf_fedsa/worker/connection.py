@@ -13,8 +13,6 @@ from multiprocessing.connection import Client, answer_challenge, deliver_challen
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ..messages import ClientInfo, from_bytes, to_bytes
-
 if TYPE_CHECKING:
     from ..messages import Broadcast, ClientInfo, Update
 
@@ -231,6 +229,7 @@ class WorkerConnection:
             return FlatMessage(values=reply["values"], array=content, layout=reply["layout"])
         if isinstance(broadcast, bytes):
             return content
+        from ..messages import from_bytes
 
         return from_bytes(content)
 
@@ -293,5 +292,6 @@ def _in_form(broadcast: "Broadcast | bytes | FlatMessage") -> tuple[dict[str, An
         return {"values": broadcast.values, "layout": broadcast.layout}, broadcast.array
     if isinstance(broadcast, bytes):
         return {}, broadcast
+    from ..messages import to_bytes
 
     return {}, to_bytes(broadcast)
