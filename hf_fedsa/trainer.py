@@ -585,7 +585,7 @@ class FederatedMixin:
 
         Raises:
             `ValueError`: there is a client of this name, or its rows do not go with those of the others.
-            `RuntimeError`: a round is open.
+            `RuntimeError`: a round is open, or it is called within [`use_client`].
         """
         self._refuse_in_round("add_client")
         rows = {client_id: train_dataset}
@@ -616,7 +616,7 @@ class FederatedMixin:
 
         Raises:
             `ValueError`: there is no such client, or too few would be left for a round.
-            `RuntimeError`: a round is open.
+            `RuntimeError`: a round is open, or it is called within [`use_client`].
         """
         self._refuse_in_round("remove_client")
         self._check_client(client_id)
@@ -625,7 +625,15 @@ class FederatedMixin:
             self.eval_dataset = {other: rows for other, rows in self.eval_dataset.items() if other != client_id}
         self._clients_have_changed()
 
+    def _refuse_in_use(self, name: str) -> None:
+        """Leaving `use_client` puts back what was in the model before, and would undo what comes in between."""
+        if self._client.is_shown:
+            raise RuntimeError(
+                f"`{name}` within `use_client`, whose client is in the model. Call it after the `with`."
+            )
+
     def _refuse_in_round(self, name: str) -> None:
+        self._refuse_in_use(name)
         if self._client.state.round_open:
             raise RuntimeError(f"`{name}` in the middle of a round. Call it in `on_round_end`, or after training.")
         if self._federation.is_elsewhere and not self._run.at_rest:
@@ -988,7 +996,9 @@ class FederatedMixin:
             [`~hf_fedsa.checkpoint.CheckpointError`]: the checkpoint is damaged, was written by another federation, or
                 stands where this run cannot go on.
             [`~hf_fedsa.run_lock.RunLockError`]: another run is at work in `output_dir` or `client_store_dir`.
+            `RuntimeError`: it is called within [`use_client`].
         """
+        self._refuse_in_use("train")
         self._run.prepare()
         self._slots.keep_trained()  # The optimizer, whoever makes it, takes what trains.
         if self._federation.spans_processes:

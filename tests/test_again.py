@@ -167,3 +167,16 @@ def test_a_manifest_of_another_form_is_damaged(tmp_path):
         manifest.write_text(content)
         with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
             make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["train", "add_client", "remove_client"])
+def test_no_run_begins_and_no_client_comes_or_goes_while_one_is_looked_at(tmp_path, name):
+    """Leaving `use_client` would put back the adapter from before, which would then pass for an edit."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    before = weights_of(trainer)
+    arguments = {"train": (), "add_client": ("client_3", make_rows(4, seed=3)), "remove_client": ("client_0",)}[name]
+    with trainer.use_client("client_1"), pytest.raises(RuntimeError, match=f"`{name}` within `use_client`"):
+        getattr(trainer, name)(*arguments)
+    assert max_difference(weights_of(trainer), before) == 0
+    getattr(trainer, name)(*arguments)

@@ -403,7 +403,12 @@ class ClientRuntime:
     @property
     def is_at_rest(self) -> bool:
         """Whether nobody trains, and nobody is looked at."""
-        return not self.slot_of and self._displaced is None
+        return not self.slot_of and not self.is_shown
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether a client is in the model to be looked at."""
+        return self._displaced is not None
 
     @contextlib.contextmanager
     def weights_to_be_used(self) -> Iterator[None]:
