@@ -509,13 +509,12 @@ class TestRefused:
         errors = []
 
         def add(trainer):
+            trainer.args.dataloader_persistent_workers = True
             with pytest.raises(ValueError, match="`dataloader_persistent_workers=True`") as error:
                 trainer.add_client("eve", rows_of("eve"))
             errors.append(error)
 
-        trainer = make_trainer(
-            tmp_path, callbacks=[After(0, add)], dataloader_persistent_workers=True, dataloader_num_workers=1
-        )
+        trainer = make_trainer(tmp_path, callbacks=[After(0, add)], num_rounds=2)
         trainer.train()
         assert errors and trainer.client_ids == ["ann", "bob"]
         trainer.add_client("eve", rows_of("eve"))
