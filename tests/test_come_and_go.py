@@ -524,7 +524,7 @@ class TestRefused:
 
         def change(trainer):
             for function in (lambda: trainer.add_client("eve", rows_of("eve")), lambda: trainer.remove_client("ann")):
-                with pytest.raises(RuntimeError, match="serves a server elsewhere"):
+                with pytest.raises(RuntimeError, match="while this worker is at work"):
                     function()
                 errors.append(function)
 
