@@ -395,11 +395,12 @@ class TestBetweenRuns:
         assert trainer.state.max_steps == trainer.state.global_step == 3
 
 
-class TestRefused:
-    @pytest.fixture(scope="class")
-    def trainer(self, tmp_path_factory):
-        return make_trainer(tmp_path_factory.mktemp("run"), tuple(ROWS), clients_per_round=2, min_clients_per_round=2)
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory):
+    return make_trainer(tmp_path_factory.mktemp("run"), tuple(ROWS), clients_per_round=2, min_clients_per_round=2)
 
+
+class TestRefused:
     @pytest.fixture(autouse=True)
     def unchanged(self, trainer):
         before = trainer.client_ids, len(trainer.train_dataset), trainer.eval_dataset
@@ -594,3 +595,19 @@ class TestSaved:
         assert [record["clients"] for record in resumed.round_history] == [["ann", "bob"]] * 2 + [["ann", "eve"]] * 2
         assert_same_run(whole, resumed)
         assert resumed.state.global_step == whole.state.global_step == resumed.state.max_steps
+
+    def test_a_checkpoint_from_before_a_client_came(self, tmp_path):
+        class Stop(Exception):
+            pass
+
+        def stop(trainer):
+            raise Stop
+
+        kwargs = {"save_strategy": "epoch", "client_store_dir": str(tmp_path / "store")}
+        killed = make_trainer(tmp_path / "run", callbacks=[comes(after=1), After(1, stop)], **kwargs)
+        with pytest.raises(Stop):
+            killed.train()
+        assert json.loads((tmp_path / "store" / "run.json").read_text())["client_ids"] == ["ann", "bob", "eve"]
+        resumed = make_trainer(tmp_path / "run", **kwargs)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.round_history[-1]["clients"] == ["ann", "bob"]

@@ -414,10 +414,10 @@ class ClientStores:
         ours = self._claimed_as is not None and owner.get("run_id") == self._claimed_as
         if not ours and (any(self.clients) or any(self.optimizers)):
             same_place = owner.get("output_dir") in (known_as, str(output_dir))
-            # Clients may have come or gone since the checkpoint that the same run goes on from.
-            same_run = (resuming and owner.get("run_id") == run_id) or (
-                same_place and owner.get("client_ids") == self.client_ids
-            )
+            same_clients = owner.get("client_ids") == self.client_ids
+            same_name = resuming and owner.get("run_id") == run_id
+            # It may have moved, or clients may have come or gone since the checkpoint.
+            same_run = same_place + same_clients + same_name >= 2
             # One that has finished may have left them nowhere else, in a folder that the user has named.
             is_all_there_is = bool(owner.get("finished")) and self._named_by_user
             if not (same_run and (resuming or (not is_all_there_is and nothing_to_resume()))):
