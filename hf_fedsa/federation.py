@@ -209,6 +209,8 @@ class Federation:
         Raises:
             `ValueError`: too few are left for a round.
         """
+        if len(self.client_ids) == 1:
+            raise ValueError(f"{client_id!r} is the only client, and a federation needs one. Add another one first.")
         check_federation_size(self.args, len(self.client_ids) - 1)
         self.server.deregister(client_id, forget=forget)
         self.rows.remove(client_id)
@@ -219,7 +221,7 @@ class Federation:
 
     def _take_over_clients(self) -> None:
         self.client_ids = self.rows.client_ids
-        self.stores.client_ids = sorted(self.client_ids)
+        self.stores.take_over(self.client_ids)
         self._register()
 
     def _register(self) -> None:

@@ -588,6 +588,8 @@ class FederatedMixin:
             `RuntimeError`: a round is open, or it is called within [`use_client`].
         """
         self._refuse_in_round("add_client")
+        self._refuse_newcomers()
+        self._take_edits()
         rows = {client_id: train_dataset}
         prepared = self._prepare_rows(self._rows.join_newcomer(rows, "train_dataset"))
         held_out = None
@@ -620,6 +622,7 @@ class FederatedMixin:
         """
         self._refuse_in_round("remove_client")
         self._check_client(client_id)
+        self._take_edits()
         self._federation.remove_client(client_id, forget=forget)
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = {other: rows for other, rows in self.eval_dataset.items() if other != client_id}
@@ -641,18 +644,32 @@ class FederatedMixin:
                 f"`{name}` while this worker is at work: the server knows its clients as they were when `train()` was "
                 "called. Stop the worker, and call it before the next `train()`."
             )
-        if not self._local.plans_rounds or not self._rows.are_named:
+        if not self._rows.are_named:
             raise ValueError(
                 f"`{name}`: the rows given to this trainer name no client, so it has a single one. Make it with a "
                 "dictionary from client id to rows."
             )
 
+    def _refuse_newcomers(self) -> None:
+        """Refuses them where what the trainer was made for does not go with them."""
+        if self._federation.shape.is_alone:
+            raise ValueError(
+                "`add_client`: this trainer was made with one client, which is trained as its Trainer does (its "
+                "random orders, an optimizer that is not reset). Make one with all clients that there are."
+            )
+        if not self._run.at_rest and self.args.dataloader_persistent_workers:
+            raise ValueError(
+                "`add_client` with `dataloader_persistent_workers=True`: processes that load rows go on with those "
+                "that there were. Leave it out, or add clients between two `train()`."
+            )
+
     def _clients_have_changed(self) -> None:
         """Plans the rounds that are left anew."""
         self.client_ids = self._rows.client_ids
-        self._publisher.client_ids = list(self.client_ids)
+        self._publisher.take_over(self.client_ids)
         self.__dict__.pop("_row_fingerprints", None)
-        if not self._run.begun or self._run.at_rest:
+        if self._run.at_rest:
+            self._federation.rest()  # The first client may be another one.
             return
         self._federation.prepare()
         self._rounds = self._federation.plan_rounds()

@@ -46,7 +46,10 @@ class Transport(Protocol):
         """Makes ready for a run."""
 
     def expected_rounds(self) -> list[tuple[str, ...]] | None:
-        """Clients of every round of the run, those done included. `None` if they are not known here."""
+        """
+        Clients of every round of the run, those done included, as far as they are still there. `None` if they are not
+        known here.
+        """
 
     def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:
         """Checks, as the run begins, that all who take part have the same rounds in mind."""
@@ -82,7 +85,12 @@ class InProcess:
         pass
 
     def expected_rounds(self) -> list[tuple[str, ...]]:
-        done = [self.server.sample(index) for index in range(self.server.state.rounds_done)]
+        # Who has left since is no longer asked of a sampler, and has no rows to plan with.
+        clients = self.server.clients
+        done = [
+            tuple(sorted(clients.keys() & {*record["clients"], *record["left_out"]}))
+            for record in self.server.state.history
+        ]
         return done + self.server.planned_rounds()
 
     def check_plan(self, rounds: Sequence[Sequence[str]]) -> None:

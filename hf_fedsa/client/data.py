@@ -1,6 +1,7 @@
 """The clients' rows, and batches that hold rows of several clients."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,7 @@ class ClientRows:
         # Positions of each client's rows, once they are prepared.
         self.of: dict[str, list[int]] = {}
         self.prepared: Dataset | None = None
+        self._check_number: Callable[[str, int], None] | None = None
 
     def as_one_dataset(self, dataset: Any, name: str) -> Dataset:
         """The rows of all clients as one dataset. With a column that names the client, if they are named."""
@@ -151,15 +153,9 @@ class ClientRows:
             self.of, self.prepared = {ONLY_CLIENT: list(range(len(prepared)))}, prepared
             return prepared
         rows = rows_by_client(prepared, self.column, name="train_dataset")
+        self._check_number = functools.partial(_check_number, batches, batch_size, max_length)
         for client_id in self.client_ids:
-            if not rows.get(client_id):
-                raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=max_length))
-            if batches(len(rows[client_id])) == 0:
-                raise ValueError(
-                    f"Client {client_id!r} has {len(rows[client_id])} rows, fewer than one batch of "
-                    f"{batch_size}, and `dataloader_drop_last=True` drops them. Lower "
-                    "`per_device_train_batch_size` or set `dataloader_drop_last=False`."
-                )
+            self._check_number(client_id, len(rows.get(client_id, ())))
         self.of = {client_id: rows[client_id] for client_id in self.client_ids}
         self.prepared = prepared.remove_columns(self.column)
         return self.prepared
@@ -187,17 +183,17 @@ class ClientRows:
             `Dataset`: the rows of all.
 
         Raises:
-            `ValueError`: it has no row left, or other columns than the others.
+            `ValueError`: it has too few rows left, or other columns or another transform than the others.
         """
-        if len(prepared) == 0:
-            raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length="..."))
+        self._check_number(client_id, len(prepared))
         if missing := sorted(self.prepared.features.keys() - prepared.features.keys()):
             raise ValueError(
-                f"The rows of {client_id!r} have no column `{missing[0]}`, which those of the others have."
+                f"The rows of {client_id!r} have no column `{missing[0]}`, which those of the others have. Give them "
+                "the columns of the other clients' rows."
             )
         first = len(self.prepared)
-        prepared = prepared.select_columns(self.prepared.column_names).cast(self.prepared.features)
-        self.prepared = concatenate_datasets([self.prepared, prepared])
+        prepared = prepared.select_columns(self.prepared.column_names)
+        self.prepared = _concatenated(self.prepared, prepared, client_id)
         self.of = dict(sorted({**self.of, client_id: list(range(first, len(self.prepared)))}.items()))
         self.client_ids = list(self.of)
         return self.prepared
@@ -225,6 +221,39 @@ class ClientRows:
         # A part of the rows at a time: those of a selection are copied.
         lengths = [pyarrow.compute.list_value_length(part["input_ids"]).to_numpy() for part in rows.iter(10_000)]
         return np.concatenate(lengths)
+
+
+def _check_number(
+    batches: Callable[[int], int], batch_size: int, max_length: int | None, client_id: str, num_rows: int
+) -> None:
+    """Refuses a client that has no row left to train on, or fewer than a batch where such are dropped."""
+    if num_rows == 0:
+        raise ValueError(EMPTY_AFTER_TRUNCATION.format(client_id=client_id, max_length=max_length))
+    if batches(num_rows) == 0:
+        raise ValueError(
+            f"Client {client_id!r} has {num_rows} rows, fewer than one batch of {batch_size}, and "
+            "`dataloader_drop_last=True` drops them. Lower `per_device_train_batch_size` or set "
+            "`dataloader_drop_last=False`."
+        )
+
+
+def _concatenated(rows: Dataset, newcomer: Dataset, client_id: str) -> Dataset:
+    """A newcomer's rows after the others, read as theirs are."""
+    if any(rows.format[name] != newcomer.format[name] for name in ("type", "format_kwargs")):
+        raise ValueError(
+            f"The rows of {client_id!r} have another format or transform than those of the other clients, but all "
+            "rows are read as one dataset. Pass the same function to `Dataset.with_transform` for every client, or "
+            "apply it with `Dataset.map`."
+        )
+    joined = concatenate_datasets([rows.with_format(None), newcomer.with_format(None).cast(rows.features)])
+    common = rows.format
+    if not is_transformed(rows):
+        return joined.with_format(common["type"], **common["format_kwargs"])
+    return joined.with_transform(
+        common["format_kwargs"]["transform"],
+        columns=common["columns"],
+        output_all_columns=common["output_all_columns"],
+    )
 
 
 EMPTY_AFTER_TRUNCATION = (

@@ -330,7 +330,7 @@ class ClientRuntime:
         self.state.counted.pop(client_id, None)
         self.state.with_optimizer = [other for other in self.state.with_optimizer if other != client_id]
         for store in (self.stores.clients, self.stores.optimizers):
-            store.keep(client_id, None)
+            store.forget(client_id)
 
     def refuse(self, client_id: str, last_counted: int | None) -> str | None:
         """Why a client cannot go on from the round that counted last for it, or `None`."""

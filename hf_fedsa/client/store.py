@@ -58,6 +58,9 @@ class ClientStore(Protocol):
     def clear(self) -> None:
         """Forgets all clients."""
 
+    def forget(self, client_id: str) -> None:
+        """Deletes all that is stored of a client. Nothing may be."""
+
     def missing(self, client_id: str, round_index: int) -> ClientStoreError:
         """The error to raise where tensors are wanted that are not stored."""
 
@@ -117,6 +120,10 @@ class MemoryClientStore:
 
     def keep(self, client_id: str, round_index: int | None) -> None:
         self._drop(client_id, [r for r in self.rounds(client_id) if r != round_index])
+
+    def forget(self, client_id: str) -> None:
+        self._tensors.pop(client_id, None)
+        self._room.clear()  # It may hold what the client had in earlier rounds.
 
     def rename(self, client_id: str, old: int, new: int) -> None:
         _check_round(new)
@@ -230,13 +237,16 @@ class DiskClientStore:
         except FileNotFoundError as error:
             raise self.missing(client_id, old) from error
 
+    def forget(self, client_id: str) -> None:
+        self.keep(client_id, None)
+        try:
+            (self.directory / client_id).rmdir()
+        except OSError:
+            pass  # It holds other files, or another process has removed it, or nothing was stored.
+
     def clear(self) -> None:
         for client_id in self:
-            self.keep(client_id, None)
-            try:
-                (self.directory / client_id).rmdir()
-            except OSError:
-                pass  # It holds other files, or another process has removed it.
+            self.forget(client_id)
 
     def missing(self, client_id: str, round_index: int) -> ClientStoreError:
         return ClientStoreError(
@@ -404,9 +414,10 @@ class ClientStores:
         ours = self._claimed_as is not None and owner.get("run_id") == self._claimed_as
         if not ours and (any(self.clients) or any(self.optimizers)):
             same_place = owner.get("output_dir") in (known_as, str(output_dir))
-            same_run = owner.get("client_ids") == self.client_ids and (
-                same_place or (resuming and owner.get("run_id") == run_id)
-            )
+            same_clients = owner.get("client_ids") == self.client_ids
+            same_name = resuming and owner.get("run_id") == run_id
+            # It may have moved, or clients may have come or gone since the checkpoint.
+            same_run = same_place + same_clients + same_name >= 2
             # One that has finished may have left them nowhere else, in a folder that the user has named.
             is_all_there_is = bool(owner.get("finished")) and self._named_by_user
             if not (same_run and (resuming or (not is_all_there_is and nothing_to_resume()))):
@@ -437,6 +448,12 @@ class ClientStores:
                 f"{self.directory} is gone, or another run has used it since this trainer's last one, so its clients "
                 "are not those to go on with. Resume from a checkpoint, or make a new trainer."
             )
+
+    def take_over(self, client_ids: Sequence[str]) -> None:
+        """Clients have come or gone: those of a run that holds the stores are these now."""
+        self.client_ids = sorted(client_ids)
+        if self._claimed_as is not None and (owner := self._owner()).get("run_id") == self._claimed_as:
+            write_json(self._run_file, {**owner, "client_ids": self.client_ids})
 
     def mark_finished(self) -> None:
         """Notes beside stores on disk that the run has finished. Those of another run are left as they are."""

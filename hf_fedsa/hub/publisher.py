@@ -48,6 +48,7 @@ class Publisher:
     def __init__(self, args: FederatedConfig, client_ids: Sequence[str], *, names_clients: bool):
         self.args = args
         self.client_ids = list(client_ids)
+        self._gone: set[str] = set()
         self.names_clients = names_clients
         self.card: dict[str, Any] = {}
         self.hub_base_model: str | None = None
@@ -125,7 +126,14 @@ class Publisher:
         choice = clients if clients is not None else self.args.hub_clients
         if choice is None and not self.names_clients:
             return list(self.client_ids)
+        if clients is None and isinstance(choice, (list, tuple)):
+            choice = [client_id for client_id in choice if client_id not in self._gone]
         return choose_clients(choice, self.client_ids)
+
+    def take_over(self, client_ids: Sequence[str]) -> None:
+        """Clients have come or gone. What `args.hub_clients` says of those who are gone says nothing any more."""
+        self._gone = {*self._gone, *self.client_ids} - {*client_ids}
+        self.client_ids = list(client_ids)
 
     def publishes_all(self) -> bool:
         """Whether `args.hub_clients` says that the adapters of all clients are published."""
