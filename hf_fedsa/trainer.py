@@ -548,7 +548,7 @@ class FederatedMixin:
         self._check_client(client_id)
         self._take_edits()
         with self._client.weights_to_be_used():
-            with self._client.showing(self._federation.adapter_of(client_id)):
+            with self._slots.showing(self._federation.adapter_of(client_id)):
                 yield self.model
 
     def _check_client(self, client_id: str) -> None:
@@ -630,7 +630,7 @@ class FederatedMixin:
 
     def _refuse_in_use(self, name: str) -> None:
         """Leaving `use_client` puts back what was in the model before, and would undo what comes in between."""
-        if self._client.is_shown:
+        if self._slots.is_shown:
             raise RuntimeError(
                 f"`{name}` within `use_client`, whose client is in the model. Call it after the `with`."
             )
@@ -1052,7 +1052,7 @@ class FederatedMixin:
             raise ValueError(f"Client {client_id!r} has no evaluation rows here.")
         take_running_metrics(self)
         was_training = self.model.training
-        with self._client.showing({**shared, **self._client.local_of(client_id)}):
+        with self._slots.showing({**shared, **self._client.local_of(client_id)}):
             metrics, num_examples = self._evaluate_rows(client_id, "eval", None, description=client_id)
         self.model.train(was_training)
         return {"num_examples": num_examples, **{k: v for k, v in metrics.items() if isinstance(v, (int, float))}}

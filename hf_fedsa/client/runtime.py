@@ -12,7 +12,6 @@ from torch.amp import GradScaler
 from ..faults import judge
 from ..messages import Broadcast, Tensors, Update
 from ..seeds import derive_seed
-from ..tensors import clone_tensors
 from .local_optimizer import LocalOptimizer
 from .slots import Slots
 from .state import ClientSettings, ClientState
@@ -66,8 +65,6 @@ class ClientRuntime:
         # First waves of the open round, of a run that goes on in the middle of it.
         self.trained: tuple[Wave, ...] = ()
         self.slot_of: dict[str, int] = {}
-        # The adapter of slot 0, while another client's is there to be looked at.
-        self._displaced: Tensors | None = None
         self._losses: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         self._scale_before_wave: dict[str, Any] = {}
@@ -360,7 +357,7 @@ class ClientRuntime:
             [`~hf_fedsa.client.store.ClientStoreError`]: it has trained, and its tensors are gone or damaged.
         """
         if client_id in self.slot_of:
-            training = self._training(client_id)
+            training = self.slots.take_trained(self.slot_of[client_id])
             return {key: tensor for key, tensor in training.items() if self.slots.share_of[key] == "local"}
         state = self.state
         if client_id in state.returned:
@@ -387,13 +384,8 @@ class ClientRuntime:
                 A as the server sends it, for a client that does not train at the moment.
         """
         if client_id in self.slot_of:
-            return self._training(client_id)
+            return self.slots.take_trained(self.slot_of[client_id])
         return {**sent, **self.local_of(client_id)}
-
-    def _training(self, client_id: str) -> Tensors:
-        """The adapter of a client that is training, also while another one is in its slot to be looked at."""
-        slot = self.slot_of[client_id]
-        return clone_tensors(self._displaced) if slot == 0 and self._displaced is not None else self.slots.take(slot)
 
     def _stored(self, store: StoreName, client_id: str, round_index: int) -> Tensors:
         return self.stores.get(store, client_id, round_index, lambda: self.where_else(store, client_id))
@@ -403,32 +395,14 @@ class ClientRuntime:
     @property
     def is_at_rest(self) -> bool:
         """Whether nobody trains, and nobody is looked at."""
-        return not self.slot_of and not self.is_shown
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether a client is in the model to be looked at."""
-        return self._displaced is not None
+        return not self.slot_of and not self.slots.is_shown
 
     @contextlib.contextmanager
     def weights_to_be_used(self) -> Iterator[None]:
         """Within this context the slots hold the weights that clients serve with."""
-        training = list(self.slot_of.values()) if self._displaced is None else []
+        training = list(self.slot_of.values()) if not self.slots.is_shown else []
         with self.optimizer.weights_to_be_used(training):
             yield
-
-    @contextlib.contextmanager
-    def showing(self, tensors: Tensors) -> Iterator[None]:
-        """Within this context the model has this adapter. Whoever trained in its slot goes on afterwards."""
-        before, outer = self.slots.take(0), self._displaced
-        self._displaced = outer if outer is not None else before
-        try:
-            self.slots.load(0, tensors)
-            with self.slots.whole_batches(0):
-                yield
-        finally:
-            self.slots.load(0, before)
-            self._displaced = outer
 
     def rest(self, client_id: str, sent: Tensors) -> None:
         """Puts a client's adapter into the model, for users to read and to write."""

@@ -85,6 +85,8 @@ class Slots:
             _save_one_client(model, self.names[1:])
         model.__deepcopy__ = functools.partial(_copy_model, model)
         self._routing = _Routing()
+        # The adapter of slot 0, while another one is there to be looked at.
+        self._displaced: dict[str, torch.Tensor] | None = None
         if side_by_side:
             for module in _outermost_adapter_layers(model):
                 # Held as arguments, not closed over: a copy of the module then gets them copied along.
@@ -140,6 +142,28 @@ class Slots:
     def take(self, slot: int, share: Share | None = None) -> dict[str, torch.Tensor]:
         """Copies a slot's tensors to the CPU, all of them or only the `"shared"` or `"local"` ones."""
         return clone_tensors(self.select(slot, share))
+
+    def take_trained(self, slot: int) -> dict[str, torch.Tensor]:
+        """Copies what trains in a slot to the CPU, also while another adapter is in its place to be looked at."""
+        return clone_tensors(self._displaced) if slot == 0 and self._displaced is not None else self.take(slot)
+
+    @contextlib.contextmanager
+    def showing(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Within this context the model has this adapter, in slot 0. Whoever trained there goes on afterwards."""
+        before, outer = self.take(0), self._displaced
+        self._displaced = outer if outer is not None else before
+        try:
+            self.load(0, tensors)
+            with self.whole_batches(0):
+                yield
+        finally:
+            self.load(0, before)
+            self._displaced = outer
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether an adapter is in slot 0 to be looked at."""
+        return self._displaced is not None
 
     def select(self, slot: int, share: Share | None = None) -> dict[str, nn.Parameter]:
         """The live parameters of a slot, all of them or only the `"shared"` or `"local"` ones."""
