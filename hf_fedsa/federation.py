@@ -459,7 +459,8 @@ class Federation:
         Leaves a federation whose run fails fit for the next one.
 
         A first run that fails before it has begun leaves everything as it was, what was written into the model
-        included. One that fails later leaves every client as after the last wave it finished.
+        included. A later one leaves the record of the one before. One that fails once it has begun leaves every client
+        as after the last wave it finished.
         """
         server, client = self.server, self.client
         saved, state, initial_local = server.state_dict(), copy.deepcopy(client.state), client.initial_local
@@ -472,6 +473,8 @@ class Federation:
                 client.initial_local = initial_local
                 client.resume(state, (), {})
                 self.slots.load(0, adapter)
+            elif not run.begun and run.replaced_by is None:
+                server.load_state_dict(*saved)
             elif run.begun and self.rows.are_named:
                 client.abandon(list(server.state.open.weights) if server.state.open else [])
                 # What is lost of the store is not to hide what has happened.

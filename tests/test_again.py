@@ -180,3 +180,23 @@ def test_no_run_begins_and_no_client_comes_or_goes_while_one_is_looked_at(tmp_pa
         getattr(trainer, name)(*arguments)
     assert max_difference(weights_of(trainer), before) == 0
     getattr(trainer, name)(*arguments)
+
+
+def test_a_second_run_that_fails_before_it_begins_leaves_the_record_of_the_first(tmp_path, monkeypatch):
+    def fail():
+        raise InterruptedError
+
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    local, history = trainer.client_state_dict("client_1"), trainer.round_history
+    edit(trainer)
+    edited = trainer.shared_state_dict()
+    monkeypatch.setattr(trainer, "get_train_dataloader", fail)
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    monkeypatch.undo()
+    assert trainer.round_history == history and len(history) == 1
+    assert max_difference(trainer.shared_state_dict(), edited) == 0
+    assert max_difference(trainer.client_state_dict("client_1"), local) == 0
+    trainer.train()
+    assert len(trainer.round_history) == 1 and trainer.round_history != history
