@@ -4,22 +4,29 @@ import contextlib
 import json
 import math
 import threading
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import inside
 import pytest
 import torch
-from conftest import make_lora, make_model, max_difference
+from conftest import make_lora, make_model, make_rows, max_difference
 from fake_worker import Asking, ask, until
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from worker_run import CLIENTS, make_trainer, make_worker, rows_of
 
 from hf_fedsa import FederatedCallback, FedSAVeraConfig, load_personalized_model
 from hf_fedsa.messages import Broadcast, to_bytes
+from hf_fedsa.run_lock import RunLockError
 from hf_fedsa.server import Server, ServerSettings
 from hf_fedsa.tensors import tensors_sha256
 from hf_fedsa.worker import NoWorkerError, WorkerConnection, WorkerError
+from hf_fedsa.worker.flat import to_flat
+
+
+def make_vera(key=0):
+    return FedSAVeraConfig(r=4, target_modules=["q_proj", "v_proj"], projection_prng_key=key)
 
 
 class Rates(FederatedCallback):
@@ -332,3 +339,241 @@ class TestFaults:
         with at_work(worker) as folder:
             assert ask(folder, "client_1", request(worker)).fault == "its loss is nan"
         assert stored(folder, "client_1") == {}
+
+
+class TestFingerprint:
+    @pytest.fixture(scope="class")
+    def fingerprint(self, tmp_path_factory):
+        def of(**arguments):
+            worker = make_worker(tmp_path_factory.mktemp("server"), ["client_0"], **arguments)
+            with at_work(worker) as folder, WorkerConnection(folder) as connection:
+                return connection.infos()[0].fingerprint
+
+        return {"lora": of(), "vera": of(peft_config=make_vera())}
+
+    @pytest.mark.parametrize(
+        ("kind", "arguments", "name"),
+        [
+            ("lora", {"peft_config": make_lora(r=2)}, "adapter.r"),
+            ("lora", {"peft_config": make_lora(lora_alpha=16)}, "adapter.lora_alpha"),
+            ("lora", {"peft_config": make_lora(use_rslora=True)}, "adapter.use_rslora"),
+            ("lora", {"peft_config": make_lora(use_dora=True)}, "adapter.use_dora"),
+            ("lora", {"peft_config": make_lora(target_modules=["q_proj"])}, "adapter.target_modules"),
+            ("lora", {"base": 1}, "base.sample"),
+            ("vera", {"peft_config": ("vera", 1)}, "adapter.projection_prng_key"),
+            ("vera", {}, "adapter.bias|adapter.[a-z_]*|adapter_kind"),
+        ],
+    )
+    def test_a_client_that_differs_is_refused_by_what_differs(self, tmp_path, fingerprint, kind, arguments, name):
+        if "base" in arguments:
+            arguments = {"base": make_model(seed=arguments["base"])}
+        if isinstance(arguments.get("peft_config"), tuple):
+            arguments = {"peft_config": make_vera(arguments["peft_config"][1])}
+        worker = make_worker(tmp_path, ["client_0"], **arguments)
+        with at_work(worker) as folder:
+            with pytest.raises(WorkerError, match=f"client 'client_0' differ in `{name}`: "):
+                ask(folder, "client_0", request(worker), fingerprint=fingerprint[kind])
+        assert worker.state.global_step == 0
+
+    def test_one_that_does_not_is_taken(self, tmp_path, fingerprint):
+        # Neither rows nor training arguments need to be equal.
+        worker = make_worker(tmp_path, ["client_3"], learning_rate=0.5, per_device_train_batch_size=1)
+        with at_work(worker) as folder:
+            assert ask(folder, "client_3", request(worker), fingerprint=fingerprint["lora"]).fault is None
+
+
+class TestEvaluate:
+    def test_between_rounds_it_changes_nothing(self, tmp_path):
+        def run(folder, evaluates):
+            worker = make_worker(folder, ["client_1", "client_2"], optim="adamw_torch", reset_optimizer=False)
+            shared, found = worker.shared_state_dict(), []
+            with at_work(worker) as at:
+                for index in range(3):
+                    last = {"client_1": index - 1 if index else None}
+                    if evaluates:
+                        with WorkerConnection(at) as connection:
+                            for client_id in ("client_1", "client_2"):
+                                message = request(shared, index, add=0.5 * index, last=last)
+                                found.append(connection.evaluate(client_id, message))
+                    ask(at, "client_1", request(shared, index, add=0.01 * index, last=last))
+            return worker, found
+
+        worker, found = run(tmp_path / "evaluated", evaluates=True)
+        plain, _ = run(tmp_path / "plain", evaluates=False)
+        assert same(worker.client_state_dict("client_1"), plain.client_state_dict("client_1"))
+        lines = [line for line in worker.state.log_history if "grad_norm" in line]
+        assert len(lines) == 9 and not any(name.startswith("eval") for line in lines for name in line)
+        assert lines == [line for line in plain.state.log_history if "grad_norm" in line]
+        assert len({metrics["eval_loss"] for metrics in found}) > 3
+
+    def test_it_is_what_the_client_gets_in_process(self, tmp_path):
+        expected = make_trainer(tmp_path / "in_process", ["client_1", "client_2"], num_rounds=1)
+        worker = make_worker(tmp_path, ["client_1", "client_2"])
+        with at_work(worker) as folder, WorkerConnection(folder) as connection:
+            server = make_server(expected, [folder])
+            expected.train()
+            serve_round(server, {folder: ["client_1", "client_2"]})
+            shared = expected.shared_state_dict()
+            found = {c: connection.evaluate(c, request(shared, 1, last=0)) for c in ("client_1", "client_2")}
+            with pytest.raises(WorkerError, match="`client_id='client_0'` does not live in this worker"):
+                connection.evaluate("client_0", request(shared, 1))
+        wanted = expected.evaluate()
+        for client_id, metrics in found.items():
+            assert metrics["eval_loss"] == wanted[f"eval_{client_id}_loss"]
+            assert metrics["eval_mean_token_accuracy"] == wanted[f"eval_{client_id}_mean_token_accuracy"]
+            assert metrics["num_examples"] == 3
+
+    def test_without_rows(self, tmp_path):
+        worker = make_worker(tmp_path, ["client_1"])
+        worker.eval_dataset = None
+        with at_work(worker) as folder, WorkerConnection(folder) as connection:
+            with pytest.raises(WorkerError, match="Client 'client_1' has no evaluation rows here"):
+                connection.evaluate("client_1", request(worker))
+            assert ask(folder, "client_1", request(worker)).fault is None
+
+
+class TestEnd:
+    def test_stopped_it_saves_what_its_clients_serve_with(self, tmp_path):
+        make_model().save_pretrained(tmp_path / "base")
+        worker = make_worker(tmp_path, ["client_1", "client_2"], base=str(tmp_path / "base"))
+        with at_work(worker) as folder:
+            sent = request(worker, add=0.01)
+            ask(folder, "client_1", sent)
+        worker.save_model(str(tmp_path / "saved"))
+        for client_id in ("client_1", "client_2"):
+            model = load_personalized_model(tmp_path / "saved", client_id)
+            assert same(get_peft_model_state_dict(model), {**sent.shared, **worker.client_state_dict(client_id)})
+        said = json.loads((tmp_path / "saved" / "federation.json").read_text())["clients"]
+        assert [said[client_id]["last_round"] for client_id in ("client_1", "client_2")] == [0, None]
+        assert max(t.abs().max() for t in worker.client_state_dict("client_1").values()) > 0
+
+    def test_stopped_before_any_round(self, tmp_path, caplog):
+        worker = make_worker(tmp_path, ["client_1"], eval_strategy="epoch", save_strategy="epoch")
+        before = worker.shared_state_dict(), worker.client_state_dict("client_1")
+        with at_work(worker):
+            pass
+        assert worker.state.global_step == 0 and worker.round_history == []
+        assert same(worker.shared_state_dict(), before[0]) and same(worker.client_state_dict("client_1"), before[1])
+
+    def test_evaluation_and_checkpoints_at_rounds_ends(self, tmp_path):
+        worker = make_worker(tmp_path, ["client_1"], eval_strategy="epoch", save_strategy="epoch")
+        with at_work(worker) as folder:
+            first = ask(folder, "client_1", request(worker))
+            second = ask(folder, "client_1", request(worker, 1, last=0))
+        plain = make_worker(tmp_path / "plain", ["client_1"])
+        with at_work(plain) as folder:
+            assert same(ask(folder, "client_1", request(plain)).shared, first.shared)
+            assert same(ask(folder, "client_1", request(plain, 1, last=0)).shared, second.shared)
+        assert any("eval_client_1_loss" in line for line in worker.state.log_history)
+
+    def test_an_error_in_training_reaches_those_who_wait(self, tmp_path):
+        class Fail(FederatedCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 2 and not self.failed:
+                    self.failed = True
+                    raise FloatingPointError("the machine is on fire")
+
+        fail = Fail()
+        fail.failed = False
+        worker = make_worker(tmp_path, ["client_1"], callbacks=[fail])
+        with pytest.raises(FloatingPointError, match="on fire"):
+            with at_work(worker) as folder:
+                with pytest.raises(WorkerError, match="without an update of the client 'client_1'"):
+                    ask(folder, "client_1", request(worker))
+        # It can be started again, and the client has lost nothing.
+        with at_work(worker) as folder:
+            again = ask(folder, "client_1", request(worker))
+        plain = make_worker(tmp_path / "plain", ["client_1"])
+        with at_work(plain) as folder:
+            assert same(ask(folder, "client_1", request(plain)).shared, again.shared)
+
+
+class TestRefused:
+    def test_to_resume(self, tmp_path):
+        make_trainer(tmp_path, ["client_1", "client_2"], save_strategy="epoch").train()
+        worker = make_worker(tmp_path, ["client_1", "client_2"])
+        with pytest.raises(ValueError, match="`resume_from_checkpoint=True`, but the server is elsewhere"):
+            worker.train(resume_from_checkpoint=True)
+
+    @pytest.mark.parametrize("name", ["output_dir", "worker"])
+    def test_a_second_worker(self, tmp_path, name):
+        worker = make_worker(tmp_path, ["client_1"])
+        other = make_worker(tmp_path if name == "output_dir" else tmp_path / "other", ["client_1"])
+        other._federation.transport.folder = worker_folder(worker)
+        with at_work(worker) as folder:
+            with pytest.raises(RunLockError):
+                other.train()
+            assert ask(folder, "client_1", request(worker)).fault is None
+
+    @pytest.mark.parametrize(
+        ("arguments", "reason"),
+        [
+            ({"clients_per_round": 1}, "`clients_per_round=1` is for the server to say"),
+            ({"clients_per_round": 5}, "`clients_per_round=5` is for the server to say"),
+            ({"min_clients_per_round": 2}, "`min_clients_per_round=2` is for the server to say"),
+            ({"client_sampling": "examples"}, "`client_sampling='examples'` is for the server to say"),
+            ({"client_sampler": len}, "`client_sampler=.*` is for the server to say"),
+            ({"rows": make_rows(4, seed=0)}, "`train_dataset` names none. Pass a dictionary"),
+            ({"optim": "schedule_free_adamw", "reset_optimizer": False}, "holds a second copy of the weights"),
+        ],
+    )
+    def test_what_cannot_work(self, tmp_path, arguments, reason):
+        with pytest.raises(ValueError, match=reason):
+            make_worker(tmp_path, ["client_1"], **arguments)
+
+    def test_clients_that_come_and_go_while_it_is_at_work(self, tmp_path):
+        class Change(FederatedCallback):
+            def on_round_end(self, args, state, control, trainer, **kwargs):
+                with pytest.raises(RuntimeError, match="`add_client` while this worker is at work"):
+                    trainer.add_client("client_3", rows_of("client_3"))
+                with pytest.raises(RuntimeError, match="`remove_client` while this worker is at work"):
+                    trainer.remove_client("client_2")
+                self.called = True
+
+        change = Change()
+        worker = make_worker(tmp_path, ["client_1", "client_2"], callbacks=[change])
+        with at_work(worker) as folder:
+            ask(folder, "client_1", request(worker))
+        assert change.called
+        worker.add_client("client_3", rows_of("client_3"))
+        worker.remove_client("client_2")
+        with at_work(worker) as folder:
+            with WorkerConnection(folder) as connection:
+                assert [info.client_id for info in connection.infos()] == ["client_1", "client_3"]
+            assert ask(folder, "client_3", request(worker, 1)).weight == 6
+            assert ask(folder, "client_1", request(worker, 2, last=0)).fault is None
+
+
+def test_neither_b_nor_rows_cross_the_socket(tmp_path, monkeypatch):
+    crossed = []
+    for name, of_result in (("send_bytes", False), ("recv_bytes", True)):
+        method = getattr(Connection, name)
+
+        def note(self, *arguments, method=method, of_result=of_result):
+            result = method(self, *arguments)
+            crossed.append(bytes(result if of_result else arguments[0]))
+            return result
+
+        monkeypatch.setattr(Connection, name, note)
+    worker = make_worker(tmp_path, ["client_1", "client_2"])
+    b = []
+    with at_work(worker) as folder:
+        shared = worker.shared_state_dict()
+        for index in range(2):
+            last = index - 1 if index else None
+            for form in (to_flat, lambda message: message):
+                update = ask(folder, "client_1", form(request(shared, index, last={"client_1": last})))
+            with WorkerConnection(folder) as connection:
+                connection.evaluate("client_1", request(shared, index))
+                connection.infos()
+            b += [tensor for tensors in stored(folder, "client_1").values() for tensor in tensors.values()]
+    everything = b"".join(crossed)
+    returned = [row.numpy().tobytes() for tensor in update.shared.values() for row in tensor]
+    assert len(crossed) > 20 and all(row in everything for row in returned)
+    assert len(b) >= 28 and not any(row.numpy().tobytes() in everything for tensor in b for row in tensor)
+    for row in worker.train_dataset:
+        assert rows_of("client_1")[0]["text"].encode() not in everything
+        for numbers in (row["input_ids"], row["input_ids"][:4]):
+            assert torch.tensor(numbers).numpy().tobytes() not in everything
+            assert torch.tensor(numbers, dtype=torch.int32).numpy().tobytes() not in everything
+            assert json.dumps(numbers).encode()[1:-1] not in everything

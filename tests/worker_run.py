@@ -22,16 +22,17 @@ CLIENTS = [f"client_{i}" for i in range(5)]
 
 def make_trainer(folder: Path, client_ids=CLIENTS, *, base=None, peft_config=None, callbacks=None, **kwargs):
     """Some of five unequal clients, with SGD. The server is in this process unless there is a `transport`."""
-    transport = kwargs.pop("transport", None)
+    transport, sampler, rows = (kwargs.pop(name, None) for name in ("transport", "client_sampler", "rows"))
     elsewhere = {"num_rounds": None} if transport else {}
     return FederatedTrainer(
         model=base or make_model(),
         args=make_args(folder, **{"optim": "sgd", "learning_rate": 0.1, "parallel_clients": 1, **elsewhere, **kwargs}),
-        train_dataset={name: rows_of(name) for name in client_ids},
+        train_dataset=rows or {name: rows_of(name) for name in client_ids},
         eval_dataset={name: make_rows(3, seed=50) for name in client_ids},
         processing_class=make_tokenizer(),
         peft_config=peft_config or make_lora(),
         callbacks=callbacks,
+        client_sampler=sampler,
         transport=transport,
     )
 
