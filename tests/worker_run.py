@@ -3,7 +3,8 @@ A worker of a federation whose server is elsewhere, and the federation it is par
 
     python tests/worker_run.py FOLDER '["client_0", "client_2"]' '{"lr_scheduler_type": "cosine"}' '["client_2", 1]'
 
-where the last argument, if given, names a client and a round in which its second step never ends.
+where the last argument, if given, names a client and a round in which its second step never ends. It is at work once a
+line comes in.
 """
 
 import json
@@ -38,7 +39,7 @@ def make_trainer(folder: Path, client_ids=CLIENTS, *, base=None, peft_config=Non
 
 
 def make_worker(folder: Path, client_ids=CLIENTS, **kwargs) -> FederatedTrainer:
-    return make_trainer(folder, client_ids, transport=OverSocket(folder / "worker", wait=20.0), **kwargs)
+    return make_trainer(folder, client_ids, **{"transport": OverSocket(folder / "worker", wait=20.0), **kwargs})
 
 
 def rows_of(client_id: str):
@@ -67,4 +68,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, client_ids, arguments = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4])
     hang = [Hang(*json.loads(sys.argv[4]))] if len(sys.argv) > 4 else None
-    make_worker(folder, client_ids, callbacks=hang, **arguments).train()
+    worker = make_worker(folder, client_ids, callbacks=hang, **arguments)
+    sys.stdin.readline()
+    worker.train()
