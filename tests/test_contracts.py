@@ -624,6 +624,33 @@ def test_an_epoch_may_end_before_its_loader_said_it_would(tokenizer, tmp_path, m
     assert trainer.state.global_step == 4
 
 
+def test_an_epoch_without_batches_ends_the_run(tokenizer, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(RecordedLoader, "__iter__", lambda self: iter(()))
+    trainer = run_recorder(tokenizer, tmp_path, num_train_epochs=3)
+    assert trainer.state.global_step == 0 and trainer.calls.count("on_epoch_begin") == 1, (
+        "A worker that is told to stop has begun an epoch, in which no round comes. It ends the run."
+    )
+    assert trainer.calls.count("on_epoch_end") == trainer.calls.count("on_train_end") == 1
+    assert "There seems not to be a single sample in your epoch_iterator" in caplog.text
+
+
+def test_an_epoch_ends_where_the_flag_is_set_while_no_batch_is_drawn(tokenizer, tmp_path, monkeypatch):
+    draw = Recorder.get_batch_samples
+
+    def draw_and_stop(self, *arguments):
+        batches, num_items = draw(self, *arguments)
+        self.control.should_epoch_stop = not batches
+        return batches, num_items
+
+    monkeypatch.setattr(Recorder, "get_batch_samples", draw_and_stop)
+    monkeypatch.setattr(RecordedLoader, "__len__", lambda self: 5)
+    trainer = run_recorder(tokenizer, tmp_path, num_train_epochs=2)
+    assert [got for _, got, _ in trainer.details["get_batch_samples"]] == [1, 1, 0] * 2, (
+        "Where the length of a round is not known, the loader says more than there will be, and is not asked on."
+    )
+    assert trainer.calls.count("on_epoch_end") == 2
+
+
 def test_resuming_loads_the_federation_before_anything_is_planned(tokenizer, tmp_path):
     run_recorder(tokenizer, tmp_path, save_strategy="steps", save_steps=1)
     checkpoint = str(tmp_path / "checkpoint-1")

@@ -3,7 +3,8 @@ A worker of a federation whose server is elsewhere, and the federation it is par
 
     python tests/worker_run.py FOLDER '["client_0", "client_2"]' '{"lr_scheduler_type": "cosine"}' '["client_2", 1]'
 
-where the last argument, if given, names a client and a round in which its second step never ends.
+where the last argument, if given, names a client and a round in which its second step never ends. It is at work once a
+line comes in.
 """
 
 import json
@@ -22,22 +23,23 @@ CLIENTS = [f"client_{i}" for i in range(5)]
 
 def make_trainer(folder: Path, client_ids=CLIENTS, *, base=None, peft_config=None, callbacks=None, **kwargs):
     """Some of five unequal clients, with SGD. The server is in this process unless there is a `transport`."""
-    transport = kwargs.pop("transport", None)
+    transport, sampler, rows = (kwargs.pop(name, None) for name in ("transport", "client_sampler", "rows"))
     elsewhere = {"num_rounds": None} if transport else {}
     return FederatedTrainer(
         model=base or make_model(),
         args=make_args(folder, **{"optim": "sgd", "learning_rate": 0.1, "parallel_clients": 1, **elsewhere, **kwargs}),
-        train_dataset={name: rows_of(name) for name in client_ids},
+        train_dataset=rows or {name: rows_of(name) for name in client_ids},
         eval_dataset={name: make_rows(3, seed=50) for name in client_ids},
         processing_class=make_tokenizer(),
         peft_config=peft_config or make_lora(),
         callbacks=callbacks,
+        client_sampler=sampler,
         transport=transport,
     )
 
 
 def make_worker(folder: Path, client_ids=CLIENTS, **kwargs) -> FederatedTrainer:
-    return make_trainer(folder, client_ids, transport=OverSocket(folder / "worker", wait=20.0), **kwargs)
+    return make_trainer(folder, client_ids, **{"transport": OverSocket(folder / "worker", wait=20.0), **kwargs})
 
 
 def rows_of(client_id: str):
@@ -66,4 +68,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, client_ids, arguments = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4])
     hang = [Hang(*json.loads(sys.argv[4]))] if len(sys.argv) > 4 else None
-    make_worker(folder, client_ids, callbacks=hang, **arguments).train()
+    worker = make_worker(folder, client_ids, callbacks=hang, **arguments)
+    sys.stdin.readline()
+    worker.train()
