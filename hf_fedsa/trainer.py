@@ -570,7 +570,8 @@ class FederatedMixin:
 
     def add_client(self, client_id: str, train_dataset: Dataset, eval_dataset: Dataset | None = None) -> None:
         """
-        Lets another client take part from the next round on, with a B of its own that starts as everyone's did.
+        Lets another client take part from the next round on, with a B of its own that starts as everyone's did. One
+        that was here before and was not forgotten has the B that it left with.
 
         Call it between two `train()`, or in `on_round_end`; of several processes, in all of them. Rounds that are left
         are sampled and planned anew, and the learning rate schedule is as long as they are.
