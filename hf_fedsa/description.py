@@ -36,12 +36,14 @@ def fingerprint_of(federation: Federation, base: Mapping[str, Any]) -> dict[str,
 
 def describe(federation: Federation, publisher: Publisher) -> dict[str, Any]:
     """What `federation.json` says, but for the hashes of files."""
-    state = federation.server.state
+    state, client = federation.server.state, federation.client.state
+    # In the middle of a round, B of those that have returned an update is of that round already.
+    last_round = state.last_round | dict.fromkeys(client.returned, client.round_index)
     clients = {}
     for client_id in federation.client_ids:
         clients[client_id] = {
             "num_examples": len(federation.rows.of[client_id]),
-            "last_round": state.last_round.get(client_id) if federation.origin is None else None,
+            "last_round": last_round.get(client_id) if federation.origin is None else None,
             "results": federation.results.by_client.get(client_id, {}),
             "joined": federation.origin is not None,
         }

@@ -451,6 +451,8 @@ class Federation:
         self.results = saved.results
         if not self.engine.plans_rounds and not self.client.state.wave_open:
             self.slots.load(0, self.adapter_of(self.client_ids[0]))
+        if self.client.state.round_open:  # Its clients may be looked at before the Trainer's loop opens it.
+            self.client.open(*self.transport.open_round())
         run.resuming = True
 
     @contextlib.contextmanager
@@ -462,7 +464,7 @@ class Federation:
         included. A later one leaves the record of the one before. One that fails once it has begun leaves every client
         as after the last wave it finished.
         """
-        server, client = self.server, self.client
+        server, client, replaced_by = self.server, self.client, run.replaced_by
         saved, state, initial_local = server.state_dict(), copy.deepcopy(client.state), client.initial_local
         adapter = self.slots.take(0)
         try:
@@ -473,7 +475,7 @@ class Federation:
                 client.initial_local = initial_local
                 client.resume(state, (), {})
                 self.slots.load(0, adapter)
-            elif not run.begun and run.replaced_by is None:
+            elif not run.begun and run.replaced_by is replaced_by:
                 server.load_state_dict(*saved)
             elif run.begun and self.rows.are_named:
                 client.abandon(list(server.state.open.weights) if server.state.open else [])

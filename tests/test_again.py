@@ -136,8 +136,10 @@ def test_clients_that_a_failed_resume_has_replaced_are_not_gone_on_from(tmp_path
     with pytest.raises(OSError, match="unreadable"):
         trainer.train(resume_from_checkpoint=True)
     monkeypatch.undo()
+    history = trainer.round_history
     with pytest.raises(RuntimeError, match="has failed after it had put the clients of that checkpoint in the place"):
         trainer.train()
+    assert trainer.round_history == history != []
     trainer.train(resume_from_checkpoint=True)
 
 

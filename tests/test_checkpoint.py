@@ -409,6 +409,27 @@ def test_evaluation_in_the_middle_of_a_round_changes_nothing(tmp_path, tokenizer
     assert torch.equal(torch.tensor(max_difference(*weights)), torch.tensor(0.0))
 
 
+def test_clients_can_be_looked_at_before_a_resumed_round_goes_on(tmp_path, tokenizer):
+    def look(trainer):
+        return {client_id: trainer.client_state_dict(client_id) for client_id in trainer.client_ids}
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.seen = look(self.trainer)
+
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:  # The first step of the second wave: one client is done, one trains.
+                self.saved = look(self.trainer)
+
+    first, again = Look(), Look()
+    first.trainer = make_trainer(tmp_path / "first", tokenizer, "waves", [first], parallel_clients=1)
+    first.trainer.train()
+    again.trainer = make_trainer(tmp_path / "again", tokenizer, "waves", [again], parallel_clients=1)
+    again.trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert all(max_difference(again.seen[client_id], first.saved[client_id]) == 0 for client_id in first.saved)
+    assert len({str(sorted(map(torch.Tensor.tolist, tensors.values()))) for tensors in first.saved.values()}) == 3
+
+
 def test_a_round_that_a_callback_cut_short_does_not_mislead_a_resumed_run(tmp_path, tokenizer):
     class StopEpoch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -365,6 +365,34 @@ class TestMinimum:
         assert "Round 0 does not count: 2 clients returned an update" in caplog.text
         assert any(tensor.any() for tensor in trainer.client_state_dict("client_0").values())
 
+    @pytest.mark.parametrize("parallel_clients", [1, 3])
+    def test_a_round_of_too_few_leaves_every_client_as_it_was(self, base_dir, tmp_path, parallel_clients):
+        clients, optimizers = [], []
+
+        class Watch(TrainerCallback):
+            def on_epoch_end(self, args, state, control, **kwargs):
+                clients.append({c: trainer.client_state_dict(c) for c in trainer.client_ids})
+                optimizers.append(inside.kept_optimizer_states(trainer))
+
+        trainer = make_trainer(
+            base_dir,
+            tmp_path,
+            callback=Corrupt("client_1", math.nan, step=4 if parallel_clients == 3 else 13),
+            num_rounds=3,
+            min_clients_per_round=3,
+            parallel_clients=parallel_clients,
+            reset_optimizer=False,
+        )
+        trainer.add_callback(Watch())
+        trainer.train()
+        assert [entry["counted"] for entry in trainer.round_history] == [True, False, True]
+        for seen in (clients, optimizers):
+            assert all(len(part) == 3 for part in seen)
+            for client_id in trainer.client_ids:
+                assert max_difference(seen[1][client_id], seen[0][client_id]) == 0
+                assert max_difference(seen[2][client_id], seen[1][client_id]) > 0
+        assert set(trainer.round_history[2]["staleness"].values()) == {2}
+
     def test_more_than_a_round_has(self, base_dir, tmp_path):
         with pytest.raises(ValueError, match="`min_clients_per_round=3` is more than the 2 clients of a round"):
             make_trainer(base_dir, tmp_path, min_clients_per_round=3, clients_per_round=2)

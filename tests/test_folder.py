@@ -14,7 +14,7 @@ import torch
 from conftest import make_args, make_lora, make_model, make_rows, make_tokenizer
 from peft import PeftConfig
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from hf_fedsa import FederatedTrainer, load_personalized_model
 from hf_fedsa.hub.folder import read_saved
@@ -198,6 +198,20 @@ class TestTrainer:
         model = load_personalized_model(tmp_path, "client_1")
         found = [p for name, p in model.named_parameters() if "lora_B" in name]
         assert found and all((p == 1).all() for p in found)
+
+    def test_in_the_middle_of_a_round_it_says_whose_b_is_of_it(self, base_dir, tmp_path):
+        class Save(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                trainer.save_model(tmp_path / str(state.global_step))
+
+        trainer = make_trainer(base_dir, tmp_path / "out", num_rounds=2, local_steps=2, parallel_clients=1)
+        trainer.add_callback(Save())
+        trainer.train()
+        found = []
+        for step in range(1, 9):
+            entries = read_saved(tmp_path / str(step)).federation["clients"].values()
+            found.append({entry["last_round"] for entry in entries})
+        assert found == [{None}, {None, 0}, {None, 0}, {0}, {0}, {0, 1}, {0, 1}, {1}]
 
 
 class TestProcessingFiles:
