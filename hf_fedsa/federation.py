@@ -34,7 +34,7 @@ from .identity import defaults_of
 from .messages import Broadcast, ClientInfo, Tensors, Update
 from .metrics import round_metrics, rounds_jsonl
 from .processes import first_process_first
-from .refusals import Shape, check_federation_size, refuse_endless_schedule
+from .refusals import Shape, check_federation_size, problem_of_broadcast
 from .run import Run
 from .server.sampling import ClientSampler
 from .server.server import Server
@@ -501,16 +501,6 @@ class TrainerHost:
         return self.federation.server.sent()
 
     def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
-        federation = self.federation
-        trained = ("A", "B") if federation.client.settings.sends_shared else ("B",)
-        if broadcast.trained != trained:
-            sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
-            return (
-                f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A is "
-                "trained."
-            )
-        try:
-            refuse_endless_schedule(federation.args, broadcast.schedule_steps)
-        except ValueError as error:
-            return str(error)
-        return federation.client.refuse(client_id, broadcast.last_counted.get(client_id))
+        client, last = self.federation.client, broadcast.last_counted.get(client_id)
+        problem = problem_of_broadcast(self.federation.args, broadcast, client.settings.sends_shared)
+        return problem or client.refuse(client_id, last)
