@@ -9,7 +9,7 @@ from typing import Any
 
 from .federation import Federation
 from .messages import Broadcast, ClientInfo, Tensors
-from .refusals import refuse_endless_schedule
+from .refusals import problem_of_broadcast
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,6 @@ class TrainerHost:
         return self.federation.server.sent()
 
     def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
-        federation = self.federation
-        trained = ("A", "B") if federation.client.settings.sends_shared else ("B",)
-        if broadcast.trained != trained:
-            sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
-            return (
-                f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A is "
-                "trained."
-            )
-        try:
-            refuse_endless_schedule(federation.args, broadcast.schedule_steps)
-        except ValueError as error:
-            return str(error)
-        return federation.client.refuse(client_id, broadcast.last_counted.get(client_id))
+        client, last = self.federation.client, broadcast.last_counted.get(client_id)
+        problem = problem_of_broadcast(self.federation.args, broadcast, client.settings.sends_shared)
+        return problem or client.refuse(client_id, last)

@@ -11,6 +11,7 @@ from transformers.trainer_utils import SaveStrategy
 from .client.data import ClientRows
 from .client.local_optimizer import SCHEDULES_BY_METRIC, refuse_optimizer
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
+from .messages import Broadcast
 from .other_trainers import check_trainer, refuse_another_sampler
 from .peft_config import check_peft_model
 from .server.sampling import ClientSampler
@@ -261,3 +262,16 @@ def refuse_endless_schedule(args: FederatedConfig, length: int | None) -> None:
             "the federation has no fixed end. Set it to 'constant' or 'constant_with_warmup' (`warmup_steps` counts "
             "local steps), or give the server a number of rounds."
         )
+
+
+def problem_of_broadcast(args: FederatedConfig, broadcast: Broadcast, trains_shared: bool) -> str | None:
+    """Why no client here can train with what a server elsewhere has sent, or `None`."""
+    trained = ("A", "B") if trains_shared else ("B",)
+    if broadcast.trained != trained:
+        sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
+        return f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A trains."
+    try:
+        refuse_endless_schedule(args, broadcast.schedule_steps)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -167,13 +167,20 @@ class ClientRows:
         A newcomer's rows as one dataset that names it.
 
         Raises:
-            `ValueError`: there is a client of that name, or it has no rows.
+            `ValueError`: there is a client of that name, or it has no rows, or lacks a column of the others'.
         """
         (client_id,) = rows
         if client_id in self.client_ids:
             raise ValueError(f"There is a client {client_id!r} already. Give the newcomer another name.")
         validate_client_ids([*self.client_ids, client_id])
-        return self.as_one_dataset(rows, name)
+        joined = self.as_one_dataset(rows, name)
+        missing = [column for column in self.joined.column_names if column not in joined.column_names]
+        if missing and name == "train_dataset":
+            raise ValueError(
+                f"The rows of {client_id!r} have no column `{missing[0]}`, which those of the others have. Give them "
+                "the columns of the other clients' rows."
+            )
+        return joined
 
     def add(self, client_id: str, prepared: Dataset) -> Dataset:
         """
