@@ -4,9 +4,8 @@ import contextlib
 import copy
 import functools
 import logging
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from .identity import defaults_of
 from .messages import Broadcast, ClientInfo, Tensors, Update
 from .metrics import round_metrics, rounds_jsonl
 from .processes import first_process_first
-from .refusals import Shape, check_federation_size, problem_of_broadcast
+from .refusals import Shape, check_federation_size
 from .run import Run
 from .server.sampling import ClientSampler
 from .server.server import Server
@@ -471,36 +470,3 @@ class Federation:
                     self.rest()
                     run.at_rest = True
             raise
-
-
-@dataclass(frozen=True)
-class TrainerHost:
-    """
-    What a transport may ask of a trainer, see [`Host`].
-
-    Args:
-        federation ([`Federation`]):
-            The trainer's federation.
-        fingerprint (`Callable[[], dict]`):
-            Says what must be equal on all clients. It looks at the whole model.
-        evaluate (`Callable[[str, dict[str, torch.Tensor]], dict[str, float]]`):
-            Evaluates a client with a given A.
-    """
-
-    federation: Federation
-    fingerprint: Callable[[], dict[str, Any]]
-    evaluate: Callable[[str, Tensors], dict[str, float]]
-
-    def client_infos(self) -> list[ClientInfo]:
-        folder = self.federation.transport.folder
-        worker = "" if folder is None else f"{socket.gethostname()}:{folder.resolve()}"
-        fingerprint = self.fingerprint()
-        return [replace(info, worker=worker, fingerprint=fingerprint) for info in self.federation.client_infos()]
-
-    def shared_like(self) -> Tensors:
-        return self.federation.server.sent()
-
-    def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
-        client, last = self.federation.client, broadcast.last_counted.get(client_id)
-        problem = problem_of_broadcast(self.federation.args, broadcast, client.settings.sends_shared)
-        return problem or client.refuse(client_id, last)

@@ -37,8 +37,9 @@ from .client.waves import Round
 from .config import FederatedConfig
 from .description import describe, fingerprint_of, identity_of, save
 from .evaluation import ClientMetrics, kept_in_precision
-from .federation import Federation, TrainerHost
+from .federation import Federation
 from .files import write_text
+from .host import TrainerHost
 from .hub.card import make_model_card
 from .hub.folder import warn_of_other_clients
 from .hub.publisher import Publisher
