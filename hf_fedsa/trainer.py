@@ -270,6 +270,9 @@ class FederatedMixin:
     def _end_step(self) -> None:
         """After a wave's last step, every client returns its A, and its B is in the store."""
         report_step(self.state.global_step)
+        if self._local.plans_rounds and not self._federation.is_elsewhere:
+            # The Trainer counts in shares of what was the longest round at first. With a newcomer it may be longer.
+            self.state.epoch = min(self.state.epoch, self._server.state.rounds_done + 1)
         if self._client.ends_wave:
             self._before_writing()
         self._send(self._client.end_step(self._local.step, type(self).__name__, self.accelerator.scaler))

@@ -65,6 +65,15 @@ class TestTensors:
         assert "client_0" in store
         assert store.get("client_0", 0) == {}
 
+    def test_a_client_is_forgotten(self, store):
+        for round_index in range(3):
+            store.put("client_0", round_index, make_tensors(round_index))
+            store.put("client_1", round_index, make_tensors(round_index))
+        store.forget("client_0"), store.forget("client_2")
+        assert list(store) == ["client_1"] and store.rounds("client_0") == [] and store.rounds("client_1") == [1, 2]
+        store.put("client_0", 0, make_tensors())
+        assert store.rounds("client_0") == [0]
+
     def test_parameters_come_back_as_plain_tensors(self, store):
         for round_index in range(4):
             store.put("client_0", round_index, {"a": torch.nn.Parameter(torch.ones(2))})
@@ -333,6 +342,15 @@ class TestMemoryClientStore:
                 for r in store.rounds(owner):
                     assert_identical(store.get(owner, r), stored[owner, r])
         assert reused > 20
+
+    def test_nothing_of_a_forgotten_client_is_kept_as_room(self):
+        store = MemoryClientStore()
+        for round_index in range(2):
+            store.put("client_0", round_index, make_tensors(round_index))
+        store.keep("client_0", 1)
+        assert inside.room_in(store)
+        store.forget("client_0")
+        assert inside.room_in(store) == []
 
     def test_room_of_another_layout_is_given_back(self):
         store = MemoryClientStore()
