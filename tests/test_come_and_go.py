@@ -66,12 +66,20 @@ def eval_rows_of(client_id):
 
 
 def make_trainer(
-    folder, client_ids=("ann", "bob"), callbacks=(), client_sampler=None, eval_dataset=None, transport=None, **kwargs
+    folder,
+    client_ids=("ann", "bob"),
+    callbacks=(),
+    client_sampler=None,
+    *,
+    eval_dataset=None,
+    transport=None,
+    read=lambda rows: rows,
+    **kwargs,
 ):
     trainer = FederatedTrainer(
         model=make_model(),
         args=make_args(folder, **{"optim": "sgd", "num_rounds": 4, "parallel_clients": 2, **kwargs}),
-        train_dataset={client_id: rows_of(client_id) for client_id in client_ids},
+        train_dataset={client_id: read(rows_of(client_id)) for client_id in client_ids},
         eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=make_lora(),
@@ -108,6 +116,10 @@ def without_eve_after(last):
         return [client_id for client_id in num_rows if client_id != "eve" or round_index <= last]
 
     return sampler
+
+
+def clients_on(hub):
+    return {path.split("/")[1] for path in hub.files("me/fed") if path.startswith("clients/")}
 
 
 def assert_equal(first, second):
@@ -201,7 +213,40 @@ class TestComes:
         before = [1 - i / 12 for i in range(6)]
         after = [1 - i / 22 for i in range(6, 22)]
         assert rates_of(trainer)[:6] == pytest.approx(before)
+        epochs = [line["epoch"] for line in trainer.state.log_history]
+        assert epochs == sorted(epochs) and epochs[-1] == 4
         assert sorted(set(rates_of(trainer)[6:]), reverse=True) == pytest.approx(after)
+
+    def test_rows_that_a_transform_makes(self, tmp_path):
+        def tokenize(batch):
+            ids = [make_tokenizer()(text)["input_ids"] for text in batch["text"]]
+            return {"input_ids": ids, "labels": ids}
+
+        def other(batch):
+            return tokenize(batch)
+
+        kwargs = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False, "num_rounds": 2}
+        trainer = make_trainer(tmp_path / "a", read=lambda rows: rows.with_transform(tokenize), **kwargs)
+        for rows in (rows_of("eve"), rows_of("eve").with_transform(other)):
+            with pytest.raises(ValueError, match="The rows of 'eve' have another format or transform"):
+                trainer.add_client("eve", rows)
+        trainer.add_client("eve", rows_of("eve").with_transform(tokenize))
+        trainer.train()
+        whole = make_trainer(tmp_path / "b", tuple(ROWS), read=lambda rows: rows.with_transform(tokenize), **kwargs)
+        whole.train()
+        assert_same_run(trainer, whole)
+
+    def test_processes_that_load_rows_see_its_rows(self, tmp_path):
+        def run(folder, client_ids, callbacks, workers):
+            trainer = make_trainer(
+                folder, client_ids, callbacks, without_eve_until(1), num_rounds=2, dataloader_num_workers=workers
+            )
+            trainer.train()
+            return trainer
+
+        assert_same_run(
+            run(tmp_path / "a", ("ann", "bob"), [comes(after=0)], 1), run(tmp_path / "b", tuple(ROWS), [], 0)
+        )
 
     def test_evaluation_rows(self, tmp_path):
         trainer = make_trainer(
@@ -382,6 +427,16 @@ class TestBetweenRuns:
         trainer.add_client("ann", rows_of("ann"))
         assert all((tensor == 0.25).all() for tensor in trainer.client_state_dict("bob").values())
         assert_equal(trainer.client_state_dict("ann"), initial)
+
+    def test_what_was_written_into_the_model_is_not_lost_with_the_first_client(self, tmp_path):
+        trainer = make_trainer(tmp_path, tuple(ROWS), num_rounds=1)
+        trainer.train()
+        with torch.no_grad():
+            for name, parameter in trainer.model.named_parameters():
+                if ".default." in name and "lora_A" in name:
+                    parameter.fill_(0.25)
+        trainer.remove_client("ann")
+        assert all((tensor == 0.25).all() for tensor in trainer.shared_state_dict().values())
 
     def test_steps_follow(self, tmp_path):
         trainer = make_trainer(tmp_path, num_rounds=1, local_steps=None, local_epochs=1)
@@ -568,6 +623,18 @@ class TestSaved:
             assert torch.allclose(model(**inputs).logits, own(**inputs).logits, atol=1e-5)
         with pytest.raises(ValueError, match="bob"):
             load_personalized_model(tmp_path / "out", "bob")
+
+    def test_who_is_gone_is_not_published(self, tmp_path, hub):
+        trainer = make_trainer(tmp_path, tuple(ROWS), num_rounds=1, hub_clients=["bob", "eve"])
+        trainer.train()
+        trainer.remove_client("bob")
+        trainer.push_to_hub("me/fed")
+        assert clients_on(hub) == {"eve"}
+        trainer.add_client("max", rows_of("max"))
+        trainer.push_to_hub("me/fed", clients="all")
+        assert clients_on(hub) == {"ann", "eve", "max"}
+        with pytest.raises(ValueError, match="`hub_clients` names 'bob', which is not a client"):
+            trainer.push_to_hub("me/fed", clients=["bob"])
 
     @pytest.mark.parametrize("on_disk", [False, True])
     def test_a_checkpoint_is_that_of_the_clients_there_were(self, tmp_path, on_disk):
