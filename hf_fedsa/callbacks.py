@@ -142,11 +142,12 @@ class JITCheckpointAtStepEnd(TrainerCallback):
 class FederatedProgressCallback(ProgressCallback, FederatedCallback):
     """The usual progress bar, with the round and its clients in front."""
 
-    def __init__(self, num_rounds: int, max_str_len: int = 100):
+    def __init__(self, num_rounds: int | None, max_str_len: int = 100):
         super().__init__(max_str_len=max_str_len)
         self.num_rounds = num_rounds
 
     def on_round_begin(self, args, state, control, round_index, client_ids, **kwargs):
         if self.training_bar is not None:
             names = ", ".join(client_ids[:3]) + (f" and {len(client_ids) - 3} more" if len(client_ids) > 3 else "")
-            self.training_bar.set_description(f"Round {round_index + 1}/{self.num_rounds} ({names})")
+            of_all = "" if self.num_rounds is None else f"/{self.num_rounds}"
+            self.training_bar.set_description(f"Round {round_index + 1}{of_all} ({names})")

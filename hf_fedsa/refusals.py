@@ -220,6 +220,7 @@ def refuse_elsewhere(args: FederatedConfig, rows: ClientRows, client_sampler: Cl
             "with clients and a folder of its own."
         )
     theirs = {
+        "num_rounds": args.num_rounds,
         "clients_per_round": args.clients_per_round,
         "client_sampler": client_sampler,
         "client_sampling": None if args.client_sampling == "uniform" else args.client_sampling,

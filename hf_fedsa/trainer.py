@@ -149,7 +149,7 @@ class FederatedMixin:
             limit_waiting(args.ddp_timeout_delta)
         if any(type(callback) is ProgressCallback for callback in self.callback_handler.callbacks):
             self.pop_callback(ProgressCallback)
-            self.add_callback(FederatedProgressCallback(args.rounds))
+            self.add_callback(FederatedProgressCallback(args.rounds if transport is None else None))
         if args.enable_jit_checkpoint:
             self.add_callback(JITCheckpointAtStepEnd(self.pop_callback(JITCheckpointCallback)))
 

@@ -54,7 +54,7 @@ class AFewAtATime:
 
 def train(folder, size, parallel_clients=2, **kwargs):
     transport = AFewAtATime(folder / "worker", size)
-    values = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "cosine", **kwargs}
+    values = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "cosine", "num_rounds": None, **kwargs}
     trainer = FederatedTrainer(
         model=make_model(),
         args=make_args(folder, parallel_clients=parallel_clients, **values),
@@ -134,7 +134,11 @@ def test_rounds_that_do_not_count_one_after_the_other_leave_b_as_it_was(tmp_path
     trainer = FederatedTrainer(
         model=make_model(),
         args=make_args(
-            tmp_path, reset_optimizer=False, lr_scheduler_type="constant", train_sampling_strategy="sequential"
+            tmp_path,
+            num_rounds=None,
+            reset_optimizer=False,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
         ),
         train_dataset={"client_3": make_rows(8, seed=3)},
         processing_class=make_tokenizer(),

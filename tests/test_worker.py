@@ -516,6 +516,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("arguments", "reason"),
         [
+            ({"num_rounds": 3}, "`num_rounds=3` is for the server to say"),
             ({"clients_per_round": 1}, "`clients_per_round=1` is for the server to say"),
             ({"clients_per_round": 5}, "`clients_per_round=5` is for the server to say"),
             ({"min_clients_per_round": 2}, "`min_clients_per_round=2` is for the server to say"),
