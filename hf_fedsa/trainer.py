@@ -487,9 +487,9 @@ class FederatedMixin:
     # The Trainer's `train_loss` is the mean over its steps, in which clients need not be equally many, and the first
     # process's alone. It has no hook between computing and logging that number.
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        loss = mean_over_rounds(self._server.state.history)
-        if "train_loss" in logs and loss is not None and self._local.plans_rounds:
-            logs["train_loss"] = loss
+        if "train_loss" in logs and self._local.plans_rounds:
+            if (loss := mean_over_rounds(self._server.state.history)) is not None:
+                logs["train_loss"] = loss
         with running_metrics_aside(self) if "round" in logs else contextlib.nullcontext():
             super().log(logs, start_time)
 

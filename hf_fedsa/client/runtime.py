@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +277,7 @@ class ClientRuntime:
                 returned an update are taken to be, until the next [`Broadcast`] says otherwise.
         """
         state, known = self.state, counted is not None
-        for client_id in counted if known else state.returned:
-            state.counted[client_id] = state.round_index
-            if self.optimizer.keeps:
-                state.with_optimizer = sorted({*state.with_optimizer, client_id})
+        self._count(counted if known else state.returned)
         self.optimizer.advance(self.round.local_steps - state.wave_steps)
         if known:
             for client_id in {c for wave in self.round.waves for c in wave.client_ids}:
@@ -288,14 +285,18 @@ class ClientRuntime:
                     store.keep(client_id, state.counted.get(client_id))
         self._reset(round_index=state.round_index + 1)
 
-    def abandon(self, counted: Sequence[str]) -> None:
-        """Ends a run that has failed: clients whose update is in the average of the open round keep their new B."""
+    def _count(self, client_ids: Iterable[str]) -> None:
+        """The open round's B, and optimizer state, is now what these clients have."""
         state = self.state
-        for client_id in set(counted) & set(state.returned):
+        for client_id in client_ids:
             state.counted[client_id] = state.round_index
             if self.optimizer.keeps:
                 state.with_optimizer = sorted({*state.with_optimizer, client_id})
-        self._reset(round_index=state.round_index)
+
+    def abandon(self, counted: Sequence[str]) -> None:
+        """Ends a run that has failed: clients whose update is in the average of the open round keep their new B."""
+        self._count(set(counted) & set(self.state.returned))
+        self._reset(round_index=self.state.round_index)
 
     def reopen(self) -> None:
         """Forgets a round in which nobody has taken a step."""
