@@ -28,6 +28,7 @@ from .client.waves import Round, WavePlanner, WholePasses
 from .config import FederatedConfig, client_settings, server_settings, store_directory
 from .evaluation import EvaluationResults
 from .files import write_text
+from .fit import first_difference, shapes_of
 from .hub.loading import Origin
 from .identity import defaults_of
 from .messages import Broadcast, ClientInfo, Tensors, Update
@@ -328,14 +329,13 @@ class Federation:
         Raises:
             `ValueError`: it does not fit the model that is here.
         """
-        expected = self.slots.select(0, "shared")
-        for key in sorted(expected.keys() | origin.shared.keys()):
-            here, there = (list(t[key].shape) if key in t else None for t in (expected, origin.shared))
-            if here != there:
-                raise ValueError(
-                    f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
-                    "needed. Leave `model` out to use the base they were trained on."
-                )
+        expected = shapes_of(self.slots.select(0, "shared"))
+        if difference := first_difference(expected, shapes_of(origin.shared)):
+            key, here, there = difference
+            raise ValueError(
+                f"The shared tensors do not fit the base model: {key!r} has the shape {there}, and {here} is "
+                "needed. Leave `model` out to use the base they were trained on."
+            )
         if self.frozen and tensors_sha256(self.frozen) != origin.federation["frozen_sha256"]:
             raise ValueError(
                 "The adapter's constant projections, drawn here from `projection_prng_key`, are not those that the "

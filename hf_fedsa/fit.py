@@ -1,7 +1,15 @@
 """Whether one federation fits another: the first thing that the two say differently."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def shapes_of(tensors: "Mapping[str, torch.Tensor]") -> dict[str, list[int]]:
+    """Shapes of tensors by name, as messages show them."""
+    return {key: list(tensor.shape) for key, tensor in tensors.items()}
 
 
 def first_difference(

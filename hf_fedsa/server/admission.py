@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..files import validate_client_ids
+from ..fit import first_difference
 from ..messages import ClientInfo, Update
 from .state import OpenRound
 
@@ -36,13 +37,12 @@ def refuse_client(info: ClientInfo, client_ids: Iterable[str], fingerprint: Mapp
             return f"its `{name}` is {getattr(info, name)}. A client needs rows for at least one local step."
     if fingerprint is None:
         return None
-    for name in sorted(fingerprint.keys() | info.fingerprint.keys()):
-        theirs, ours = info.fingerprint.get(name), fingerprint.get(name)
-        if theirs != ours:
-            return (
-                f"its `{name}` is {theirs!r:.200}, and that of the federation is {ours!r:.200}. All clients need the "
-                "same base model and adapter."
-            )
+    if difference := first_difference(fingerprint, info.fingerprint):
+        name, ours, theirs = difference
+        return (
+            f"its `{name}` is {theirs!r:.200}, and that of the federation is {ours!r:.200}. All clients need the "
+            "same base model and adapter."
+        )
     return None
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..fit import first_difference, shapes_of
 from ..metrics import names_client
 
 
@@ -179,10 +180,9 @@ def check_same_shapes(saved: Mapping[str, torch.Tensor], current: Mapping[str, t
     Raises:
         `ValueError`: a name or a shape differs.
     """
-    for key in sorted(saved.keys() | current.keys()):
-        there, here = (list(tensors[key].shape) if key in tensors else None for tensors in (saved, current))
-        if there != here:
-            raise ValueError(
-                f"{key!r} has the shape {there} in that state, and {here} here. It is of another base model, adapter "
-                "or rank."
-            )
+    if difference := first_difference(shapes_of(current), shapes_of(saved)):
+        key, here, there = difference
+        raise ValueError(
+            f"{key!r} has the shape {there} in that state, and {here} here. It is of another base model, adapter or "
+            "rank."
+        )
