@@ -115,20 +115,46 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("frame", "error"),
         [
-            (b"", "no frame"),
-            (b"\0\0\0\xffcut", "no frame"),
-            (b"\0\0\0\x02[]", "no frame"),
-            (pickle.dumps(broadcast()), "no frame"),
-            (pack({"version": 2, "kind": "infos"}), "version 2, where this side speaks version 1"),
-            (pack({"kind": "shell"}), "no request `kind='shell'`. It knows evaluate, infos, stop, train"),
-            (pack({"kind": ["train"]}), "`kind=.*must be of type str"),
-            (pack({"kind": "train"}), "`client_id=None` .* must be of type str"),
-            (pack({"kind": "train", "client_id": "ann"}, b"nothing"), "7 bytes that are no whole message"),
-            (pack({"kind": "train", "client_id": "ann"}, to_bytes(broadcast())[:-1]), "no whole message"),
-            (pack({"kind": "train", "client_id": "ann"}, to_bytes(Update("ann", 0, {}, 1.0, 1))), "A `Update`, where"),
-            (pack({"kind": "train", "client_id": "ann", "together": True}, to_bytes(broadcast())), "type int"),
-            (pack({"kind": "train", "client_id": "ann", "layout": "a"}), "`values=None`"),
-            (pack({"kind": "train", "client_id": "ann", "fingerprint": "x"}), "type dict"),
+            pytest.param(b"", "no frame", id="empty"),
+            pytest.param(b"\0\0\0\xffcut", "no frame", id="cut"),
+            pytest.param(b"\0\0\0\x02[]", "no frame", id="list"),
+            pytest.param(pickle.dumps(broadcast()), "no frame", id="pickle"),
+            pytest.param(
+                pack({"version": 2, "kind": "infos"}), "version 2, where this side speaks version 1", id="version"
+            ),
+            pytest.param(
+                pack({"kind": "shell"}),
+                "no request `kind='shell'`. It knows evaluate, infos, stop, train",
+                id="unknown kind",
+            ),
+            pytest.param(pack({"kind": ["train"]}), "`kind=.*must be of type str", id="kind of another type"),
+            pytest.param(pack({"kind": "train"}), "`client_id=None` .* must be of type str", id="no client"),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann"}, b"nothing"),
+                "7 bytes that are no whole message",
+                id="bytes",
+            ),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann"}, to_bytes(broadcast())[:-1]),
+                "no whole message",
+                id="cut message",
+            ),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann"}, to_bytes(Update("ann", 0, {}, 1.0, 1))),
+                "A `Update`, where",
+                id="another message",
+            ),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann", "together": True}, to_bytes(broadcast())),
+                "type int",
+                id="together",
+            ),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann", "layout": "a"}), "`values=None`", id="layout without values"
+            ),
+            pytest.param(
+                pack({"kind": "train", "client_id": "ann", "fingerprint": "x"}), "type dict", id="fingerprint"
+            ),
         ],
     )
     def test_what_is_no_request_gets_an_error_and_the_worker_goes_on(self, tmp_path, frame, error):
