@@ -624,14 +624,17 @@ def test_an_epoch_may_end_before_its_loader_said_it_would(tokenizer, tmp_path, m
     assert trainer.state.global_step == 4
 
 
-def test_an_epoch_without_batches_ends_the_run(tokenizer, tmp_path, monkeypatch, caplog):
+def test_an_epoch_without_batches_ends_the_run(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(RecordedLoader, "__iter__", lambda self: iter(()))
+    # Whether transformers' messages reach the root logger, where `caplog` listens, depends on its version.
+    warned = []
+    monkeypatch.setattr(transformers.trainer.logger, "warning", lambda message, *args: warned.append(message))
     trainer = run_recorder(tokenizer, tmp_path, num_train_epochs=3)
     assert trainer.state.global_step == 0 and trainer.calls.count("on_epoch_begin") == 1, (
         "A worker that is told to stop has begun an epoch, in which no round comes. It ends the run."
     )
     assert trainer.calls.count("on_epoch_end") == trainer.calls.count("on_train_end") == 1
-    assert "There seems not to be a single sample in your epoch_iterator" in caplog.text
+    assert any("There seems not to be a single sample in your epoch_iterator" in message for message in warned)
 
 
 def test_an_epoch_ends_where_the_flag_is_set_while_no_batch_is_drawn(tokenizer, tmp_path, monkeypatch):
