@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .config import FederatedConfig
     from .hub.loading import list_clients, load_personalized_model
     from .hub.push import push_federation
+    from .methods import METHODS, Method, register_method
     from .partition import describe_partition, partition_by_column, partition_dirichlet, partition_iid
     from .peft_config import FedSALoraConfig, FedSAVeraConfig
     from .sft_trainer import FederatedTrainer
@@ -23,6 +24,8 @@ _MODULES = {
     "FederatedConfig": "config",
     "FederatedMixin": "trainer",
     "FederatedTrainer": "sft_trainer",
+    "METHODS": "methods",
+    "Method": "methods",
     "describe_partition": "partition",
     "list_clients": "hub.loading",
     "load_personalized_model": "hub.loading",
@@ -30,6 +33,7 @@ _MODULES = {
     "partition_dirichlet": "partition",
     "partition_iid": "partition",
     "push_federation": "hub.push",
+    "register_method": "methods",
 }
 
 __all__ = [
@@ -39,6 +43,8 @@ __all__ = [
     "FederatedConfig",
     "FederatedMixin",
     "FederatedTrainer",
+    "METHODS",
+    "Method",
     "describe_partition",
     "list_clients",
     "load_personalized_model",
@@ -46,6 +52,7 @@ __all__ = [
     "partition_dirichlet",
     "partition_iid",
     "push_federation",
+    "register_method",
 ]
 
 

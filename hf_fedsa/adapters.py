@@ -1,25 +1,29 @@
-"""Which adapter tensor is shared with the server and which stays with the client, by adapter kind."""
+"""Which factor an adapter's tensor is, A or B, by adapter kind."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+# `A` and `B` are the two low-rank factors. A `head` is a module trained in full; a `constant` never trains or travels.
+Factor = Literal["A", "B", "head", "constant"]
+
 
 @dataclass(frozen=True)
 class AdapterKind:
     """
-    How one adapter's tensors are divided between server and client.
+    The factors of one kind of adapter.
 
     Args:
         name (`str`):
             Identifier written to `federation.json`.
         peft_type (`str`):
             The PEFT type the row applies to, e.g. `"LORA"`.
-        shared (`tuple[str, ...]`):
-            Last component of the keys of tensors that are averaged between rounds.
-        local (`tuple[str, ...]`):
-            Last component of the keys of tensors that never leave the client.
-        frozen (`tuple[str, ...]`, *optional*, defaults to `()`):
+        a (`tuple[str, ...]`):
+            Last component of the keys of tensors that are factor A.
+        b (`tuple[str, ...]`):
+            Last component of the keys of tensors that are factor B, each in the place of its A, and then of what
+            belongs to B besides.
+        constants (`tuple[str, ...]`, *optional*, defaults to `()`):
             Last component of the keys of constants that PEFT may save but that never train and never travel.
         flag (`str`, *optional*):
             Config field that must be set for the row to apply. `None` means the row is the type's default.
@@ -27,63 +31,56 @@ class AdapterKind:
 
     name: str
     peft_type: str
-    shared: tuple[str, ...]
-    local: tuple[str, ...]
-    frozen: tuple[str, ...] = ()
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+    constants: tuple[str, ...] = ()
     flag: str | None = None
 
 
-# The first row that fits a config is its method, so a row with a flag stands before the default of its type. The split
-# of A and B is that of FedSA-LoRA, https://arxiv.org/abs/2410.01463, sections 3.2 (LoRA) and 3.3 (rsLoRA, VeRA).
-_LORA_SHARED = ("lora_A", "lora_embedding_A")
+_LORA_A = ("lora_A", "lora_embedding_A")
+_LORA_B = ("lora_B", "lora_embedding_B")
 
-_LORA_LOCAL = ("lora_B", "lora_embedding_B")
-
+# The first row that fits a config is its kind, so a row with a flag stands before the default of its type.
 ADAPTERS: tuple[AdapterKind, ...] = (
-    AdapterKind("dora", "LORA", _LORA_SHARED, (*_LORA_LOCAL, "lora_magnitude_vector"), flag="use_dora"),
-    AdapterKind("rslora", "LORA", _LORA_SHARED, _LORA_LOCAL, flag="use_rslora"),
-    AdapterKind("lora", "LORA", _LORA_SHARED, _LORA_LOCAL),
-    AdapterKind("vera", "VERA", ("vera_lambda_d",), ("vera_lambda_b",), frozen=("vera_A", "vera_B")),
+    AdapterKind("dora", "LORA", _LORA_A, (*_LORA_B, "lora_magnitude_vector"), flag="use_dora"),
+    AdapterKind("rslora", "LORA", _LORA_A, _LORA_B, flag="use_rslora"),
+    AdapterKind("lora", "LORA", _LORA_A, _LORA_B),
+    AdapterKind("vera", "VERA", ("vera_lambda_d",), ("vera_lambda_b",), constants=("vera_A", "vera_B")),
 )
 
-Share = Literal["shared", "local", "frozen"]
 
-
-def classify(
-    key: str,
-    method: AdapterKind,
-    modules_to_save: Iterable[str] | None = None,
-    share_modules_to_save: bool = False,
-) -> Share:
+def factor_of(key: str, kind: AdapterKind, modules_to_save: Iterable[str] | None = None) -> Factor:
     """
-    Says where the tensor saved under `key` belongs.
+    Says which factor the tensor saved under `key` is.
 
     Args:
         key (`str`):
             Key as PEFT saves it, i.e. without the adapter's name.
-        method ([`AdapterKind`]):
+        kind ([`AdapterKind`]):
             The adapter's row.
         modules_to_save (`Iterable[str]`, *optional*):
             The PEFT config's `modules_to_save`: modules trained in full, such as a classification head.
-        share_modules_to_save (`bool`, *optional*, defaults to `False`):
-            Whether those modules are averaged. Off, each client keeps its own.
 
     Raises:
-        `ValueError`: the key is none of the method's. A guess could send a client's own tensor to the server.
+        `ValueError`: the key is none of the kind's. A guess could send a client's own tensor to the server.
     """
-    parts = key.split(".")
-    name = parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
-    if name in method.shared:
-        return "shared"
-    if name in method.local:
-        return "local"
-    if name in method.frozen:
-        return "frozen"
+    name = last_component(key)
+    if name in kind.a:
+        return "A"
+    if name in kind.b:
+        return "B"
+    if name in kind.constants:
+        return "constant"
     if any(f".{module}." in f".{key}." for module in modules_to_save or ()):
-        return "shared" if share_modules_to_save else "local"
+        return "head"
     raise ValueError(
-        f"The adapter tensor `{key}` is neither shared nor local under method `{method.name}` (shared: "
-        f"{', '.join(method.shared)}; local: {', '.join(method.local)}; modules_to_save: "
-        f"{', '.join(modules_to_save or ()) or 'none'}). Add its last component to a row of "
-        "`hf_fedsa.adapters.ADAPTERS`."
+        f"The adapter tensor `{key}` is no factor of the adapter kind `{kind.name}` (A: {', '.join(kind.a)}; B: "
+        f"{', '.join(kind.b)}; modules_to_save: {', '.join(modules_to_save or ()) or 'none'}). Add its last component "
+        "to a row of `hf_fedsa.adapters.ADAPTERS`."
     )
+
+
+def last_component(key: str) -> str:
+    """The part of a key that says what the tensor is, such as `lora_A`."""
+    parts = key.split(".")
+    return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]

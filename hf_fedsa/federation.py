@@ -32,6 +32,7 @@ from .fit import first_difference, shapes_of
 from .hub.loading import Origin
 from .identity import defaults_of
 from .messages import Broadcast, ClientInfo, Tensors, Update
+from .methods import keeping_shared, method_named
 from .metrics import round_metrics, rounds_jsonl
 from .processes import first_process_first
 from .refusals import Shape, check_federation_size
@@ -82,6 +83,7 @@ class Federation:
         self.slots = slots = Slots(
             model,
             shape.num_slots,
+            method_named(args.method),
             share_modules_to_save=args.share_modules_to_save,
             side_by_side=not shape.whole_passes,
         )
@@ -93,6 +95,7 @@ class Federation:
             clone_tensors(sent, dtype=torch.float32),
             {info.client_id: info for info in self.client_infos()},
             server_settings(args),
+            sharing=slots.sharing,
             sampler=client_sampler,
             dtypes={key: tensor.dtype for key, tensor in sent.items()},
         )
@@ -163,9 +166,10 @@ class Federation:
 
     def prepare(self) -> None:
         """Follows the arguments as they are when a run begins."""
-        trains_shared = self.server.settings.trains_shared
-        self.server.settings = server_settings(self.args, trains_shared)
-        self.client.settings = client_settings(self.args, trains_shared)
+        self.server.settings = server_settings(self.args)
+        self.client.settings = client_settings(self.args)
+        # The optimizer that is made next must know all that ever has its turn.
+        self.slots.train(self.slots.sharing.ever_trained)
         self._register()
         self.client.planner = self._planner()
 
@@ -313,7 +317,7 @@ class Federation:
         edited = self.client.edits(first, self.server.sent())
         if not edited:
             return
-        shared = {key: t.float() for key, t in edited.items() if self.slots.share_of[key] == "shared"}
+        shared = {key: t.float() for key, t in edited.items() if self.slots.sharing.share_of[key] == "shared"}
         self.server.shared = {**self.server.shared, **shared}
         local = {key: t for key, t in edited.items() if key not in shared}
         self.client.replace_local(first, local, of_everyone=not has_run)
@@ -321,6 +325,11 @@ class Federation:
     def adapter_of(self, client_id: str) -> Tensors:
         """The complete adapter a client serves with now."""
         return self.client.adapter_of(client_id, self.server.sent())
+
+    def start_of_a(self) -> Tensors:
+        """A as a client has it that has not trained, where each keeps its own."""
+        factors, local = self.slots.sharing.factors, self.client.initial_local
+        return {key: tensor for key, tensor in local.items() if factors[key] == "A"}
 
     def start_from(self, origin: Origin, train_shared: bool) -> None:
         """
@@ -342,9 +351,17 @@ class Federation:
                 "shared tensors were trained with. Use the version of torch that `federation.json` names."
             )
         server, client = self.server, self.client
-        server.shared = clone_tensors({key: origin.shared[key] for key in server.shared})
+        started = clone_tensors({key: origin.shared[key] for key in server.shared})
+        if not train_shared:
+            self.slots.use(keeping_shared(self.slots.sharing.method))
+            server.sharing = self.slots.sharing
+        kept = {key: t for key, t in started.items() if self.slots.sharing.share_of[key] == "local"}
+        client.initial_local = client.initial_local | {k: t.to(server.dtypes[k]) for k, t in kept.items()}
+        server.shared = {key: t for key, t in started.items() if key not in kept}
         server.initial_shared = clone_tensors(server.shared)
         origin.restore_patterns(self.model.peft_config.values())
+        local = client.initial_local
+        client.initial_local = local | {key: t.to(local[key].dtype) for key, t in origin.start.items()}
         if origin.local is not None:
             if differing := sorted(client.initial_local.keys() ^ origin.local.keys()):
                 raise ValueError(
@@ -352,9 +369,6 @@ class Federation:
                 )
             client.initial_local = {key: origin.local[key].to(t.dtype) for key, t in client.initial_local.items()}
         self.slots.load(0, server.shared, client.initial_local)
-        if not train_shared:
-            self.slots.freeze("shared")
-            server.settings = replace(server.settings, trains_shared=False)
         self.origin = {
             "shared_sha256": tensors_sha256(origin.shared),
             "rounds_done": origin.federation["rounds_done"],

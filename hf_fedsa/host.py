@@ -42,5 +42,5 @@ class TrainerHost:
 
     def refuse(self, client_id: str, broadcast: Broadcast) -> str | None:
         client, last = self.federation.client, broadcast.last_counted.get(client_id)
-        problem = problem_of_broadcast(self.federation.args, broadcast, client.settings.sends_shared)
+        problem = problem_of_broadcast(self.federation.args, broadcast, client.slots.sharing.method)
         return problem or client.refuse(client_id, last)

@@ -42,8 +42,8 @@ _WITHOUT_EFFECT = frozenset(
         *("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "dataset_num_proc"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
         *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-        # Told by the rows or by the loaded model
-        *("chat_template_path", "model_init_kwargs", "trust_remote_code"),
+        # Told by the rows, by the loaded model, or by name
+        *("chat_template_path", "model_init_kwargs", "trust_remote_code", "method"),
     )
 )
 _PREFIXES_WITHOUT_EFFECT = ("eval_", "logging_", "log_", "save_", "hub_", "trackio_", "ddp_")
@@ -55,7 +55,8 @@ _ADAPTER_WITHOUT_EFFECT = ("base_model_name_or_path", "revision", "inference_mod
 
 # What no run can go on with, and why.
 FIXED = {
-    "method": "the tensors of one method are not those of another",
+    "method": "what one method shares is not what another does",
+    "adapter_kind": "the tensors of one kind are not those of another",
     "client_ids": "every client's B belongs to that client",
     "r": "the tensors have the shapes of their rank",
     "tensors": "the tensors have the shapes of their layers",
@@ -293,6 +294,7 @@ def describe_run(
     args: TrainingArguments,
     rows_of: Mapping[str, Sequence[int]],
     config: PeftConfig,
+    method: str,
     kind: str,
     parameters: Mapping[str, torch.Tensor],
     origin: str | None,
@@ -310,6 +312,8 @@ def describe_run(
             Its arguments.
         rows_of (`Mapping[str, Sequence[int]]`), row_fingerprints (`Mapping[str, str]`):
             Every client's rows, and their hashes.
+        method (`str`):
+            The method's name.
         config (`PeftConfig`), kind (`str`), parameters (`Mapping[str, torch.Tensor]`):
             The adapter, its kind, and its tensors.
         origin (`str`, *optional*), trains_shared (`bool`):
@@ -321,7 +325,8 @@ def describe_run(
     """
     client_ids = sorted(rows_of)
     return {
-        "method": kind,
+        "method": method,
+        "adapter_kind": kind,
         "client_ids": client_ids,
         "r": config.r,
         "tensors": {key: list(p.shape) for key, p in parameters.items()},

@@ -1,5 +1,6 @@
 """What arguments and clients make of a federation, and what of it cannot work: known before a model loads."""
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,13 @@ from .client.data import ClientRows
 from .client.local_optimizer import SCHEDULES_BY_METRIC, refuse_optimizer
 from .config import DEFAULT_PARALLEL_CLIENTS, FederatedConfig
 from .messages import Broadcast
+from .methods import Method
 from .other_trainers import check_trainer, refuse_another_sampler
 from .peft_config import check_peft_model
+from .server.aggregation import TRIM_FRACTION, check_clients_of_round, num_trimmed
 from .server.sampling import ClientSampler
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,16 @@ def check_federation_size(args: FederatedConfig, num_clients: int) -> None:
             f"`min_clients_per_round={args.min_clients_per_round}` is more than the {per_round} clients of a round, "
             "so no round could count. Lower it."
         )
+    check_clients_of_round(per_round, args.aggregator, args.krum_byzantine)
+    trim_fraction = TRIM_FRACTION if args.trim_fraction is None else args.trim_fraction
+    if args.aggregator == "trimmed_mean" and trim_fraction and not num_trimmed(trim_fraction, per_round):
+        logger.warning(
+            "`aggregator='trimmed_mean'` cuts none of the %d clients of a round with `trim_fraction=%s`, so it is the "
+            "plain mean. Set `trim_fraction` to at least %.3g to cut one at either end, or to 0 if that is meant.",
+            per_round,
+            trim_fraction,
+            1 / per_round,
+        )
 
 
 def num_slots(args: FederatedConfig, num_clients: int) -> int:
@@ -225,6 +240,9 @@ def refuse_elsewhere(args: FederatedConfig, rows: ClientRows, client_sampler: Cl
         "client_sampler": client_sampler,
         "client_sampling": None if args.client_sampling == "uniform" else args.client_sampling,
         "min_clients_per_round": None if args.min_clients_per_round == 1 else args.min_clients_per_round,
+        "aggregator": None if args.aggregator == "mean" else args.aggregator,
+        "server_optimizer": None if args.server_optimizer == "fedavg" else args.server_optimizer,
+        "server_learning_rate": args.server_learning_rate,
     }
     for name, value in theirs.items():
         if value is not None:
@@ -265,12 +283,15 @@ def refuse_endless_schedule(args: FederatedConfig, length: int | None) -> None:
         )
 
 
-def problem_of_broadcast(args: FederatedConfig, broadcast: Broadcast, trains_shared: bool) -> str | None:
+def problem_of_broadcast(args: FederatedConfig, broadcast: Broadcast, method: Method) -> str | None:
     """Why no client here can train with what a server elsewhere has sent, or `None`."""
-    trained = ("A", "B") if trains_shared else ("B",)
+    trained = method.trained(broadcast.round_index)
     if broadcast.trained != trained:
         sent, here = (", ".join(factors) or "nothing" for factors in (broadcast.trained, trained))
-        return f"`trained` is {sent}, but {here} train in this worker. Both sides need to know alike whether A trains."
+        return (
+            f"`trained` is {sent}, but with the method {method.name!r} of this worker {here} train in round "
+            f"{broadcast.round_index}. Both sides need the same method."
+        )
     try:
         refuse_endless_schedule(args, broadcast.schedule_steps)
     except ValueError as error:

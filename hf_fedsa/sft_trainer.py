@@ -29,6 +29,7 @@ from .config import FederatedConfig
 from .hub.folder import read_federation
 from .hub.loading import load_origin
 from .hub.whole_folder import FEDERATION
+from .methods import method_named
 from .partition import is_transformed
 from .peft_config import validate_peft_config
 from .server.sampling import ClientSampler
@@ -209,6 +210,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         default_name = f"{model.split('/')[-1]}-{client_id}" if isinstance(model, str) else client_id
         args = copy.copy(_as_federated_config(args, model)) if args is not None else FederatedConfig(default_name)
         _check_own_folder(args, train_dataset)
+        _take_method(args, origin.federation["method"], source)
         if isinstance(model, str):
             defaults = {"dtype": origin.federation["base_dtype"]}
             if model == base:
@@ -275,6 +277,16 @@ def _as_federated_config(args: TrainingArguments | None, model: Any) -> Federate
         raise TypeError(f"`args` must be a `FederatedConfig` or `SFTConfig`, got `{type(args).__name__}`.")
     # Not `to_dict`, which replaces everything named a token, the end-of-sequence token included, by a placeholder.
     return FederatedConfig(**{f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init})
+
+
+def _take_method(args: FederatedConfig, method: str, source: Any) -> None:
+    """A newcomer trains by the method of the federation that it joins."""
+    if args.method not in (FederatedConfig.method, method):
+        raise ValueError(
+            f"`method={args.method!r}`, but {source} was trained by {method!r}, which says what of it is "
+            "shared. Leave it out."
+        )
+    args.method = method_named(method).name
 
 
 def _check_own_folder(args: FederatedConfig, train_dataset: Any) -> None:

@@ -28,7 +28,9 @@ from hf_fedsa import (
     run_lock,
     trackers,
 )
+from hf_fedsa.client.parameters import adapter_parameters
 from hf_fedsa.client.store import DiskClientStore, MemoryClientStore
+from hf_fedsa.tensors import clone_tensors
 from hf_fedsa.worker import OverSocket
 
 # What the package knows of others
@@ -356,3 +358,45 @@ def move_to(lock: run_lock.RunLock, path: Path, *, machine: str | None, host: st
     lock._owner = dataclasses.replace(lock._owner, machine=machine, host=host)
     with open(path, "r+") as file:
         lock._owner.write(file)
+
+
+# Methods
+
+
+@dataclasses.dataclass
+class Watched:
+    """Complete adapters of clients, by round and client: where they began, what they trained, what they returned."""
+
+    start: dict[tuple[int, str], dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    end: dict[tuple[int, str], dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+    returned: dict[tuple[int, str], dict[str, torch.Tensor]] = dataclasses.field(default_factory=dict)
+
+
+def watch_clients(trainer: FederatedTrainer) -> Watched:
+    """Records the adapters of all clients that train from now on."""
+    client, slots, watched = trainer._client, trainer._slots, Watched()
+    open_wave, update_of = client._open_wave, client._update_of
+
+    def open_and_record(*args):
+        open_wave(*args)
+        for client_id, slot in client.slot_of.items():
+            watched.start[client.state.round_index, client_id] = slots.take(slot)
+
+    def update_and_record(client_id, slot):
+        update = update_of(client_id, slot)
+        watched.end[update.round_index, client_id] = slots.take(slot)
+        watched.returned[update.round_index, client_id] = update.shared
+        return update
+
+    client._open_wave, client._update_of = open_and_record, update_and_record
+    return watched
+
+
+def initial_adapter(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:
+    """The complete adapter that a client has before it trains."""
+    return trainer._slots.take(0)
+
+
+def adapter_tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of what trains of a `PeftModel`'s active adapter, under the keys PEFT saves it with."""
+    return clone_tensors(adapter_parameters(model, model.active_adapter))

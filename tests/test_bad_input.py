@@ -475,8 +475,11 @@ class TestCheckpoints:
                 "`num_rows.client_1` is 4, this run's is 7",
             ),
             (lambda data: {"peft_config": make_lora(r=2)}, "`r` is 4, this run's is 2"),
-            (lambda data: {"peft_config": make_lora(use_dora=True)}, "`method` is 'lora', this run's is 'dora'"),
-            (lambda data: {"peft_config": make_lora(use_rslora=True)}, "`method` is 'lora', this run's is 'rslora'"),
+            (lambda data: {"peft_config": make_lora(use_dora=True)}, "`adapter_kind` is 'lora', this run's is 'dora'"),
+            (
+                lambda data: {"peft_config": make_lora(use_rslora=True)},
+                "`adapter_kind` is 'lora', this run's is 'rslora'",
+            ),
             (lambda data: {"peft_config": make_lora(lora_alpha=4)}, "`lora_alpha` is 8, this run's is 4"),
             (lambda data: {"peft_config": make_lora(target_modules=["q_proj"])}, "`tensors.base_model.*"),
             (lambda data: {"seed": 7}, "`seed` is 42, this run's is 7"),

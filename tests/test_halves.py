@@ -388,7 +388,7 @@ class TestClientsHalf:
         local = run.local("bank")
         with pytest.raises(ValueError, match="which is shared"):
             run.save_client(tmp_path, "bank", local={**local, **run.shared})
-        with pytest.raises(ValueError, match="neither shared nor local"):
+        with pytest.raises(ValueError, match="is no factor of the adapter kind"):
             run.save_client(tmp_path, "bank", local={**local, "base_model.model.x.weight": torch.zeros(2)})
         with pytest.raises(ValueError, match="NaN or infinite"):
             run.save_client(

@@ -117,7 +117,7 @@ def test_files_hold_a_alone_and_complete_adapters(saved):
         assert max_difference(local, trainer.client_state_dict(client_id)) == 0
     federation = json.loads(open(f"{out}/federation.json").read())
     assert federation["shared_sha256"] == tensors_sha256(trainer.shared_state_dict())
-    assert federation["method"] == "lora"
+    assert (federation["method"], federation["adapter_kind"]) == ("fedsa", "lora")
     assert federation["rounds_done"] == 2
     assert list(federation["clients"]) == trainer.client_ids
 

@@ -49,6 +49,7 @@ WITH_EFFECT = {
     "clients_per_round": 1,
     "client_sampling": "examples",
     "aggregation_weighting": "uniform",
+    "aggregator": "median",
     "reset_optimizer": False,
     "min_clients_per_round": 2,
     "max_update_norm": None,
@@ -197,7 +198,8 @@ class TestRows:
 
 def make_identity(**changes):
     values = {
-        "method": "lora",
+        "method": "fedsa",
+        "adapter_kind": "lora",
         "client_ids": ["a", "b"],
         "r": 4,
         "base_model": "tiny",

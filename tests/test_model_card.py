@@ -19,6 +19,7 @@ from hf_fedsa.client.parameters import adapter_kind
 from hf_fedsa.hub.card import make_model_card, summarize
 from hf_fedsa.hub.publication import choose_clients, name_on_hub, only_named, summarize_results
 from hf_fedsa.hub.saving import describe_federation
+from hf_fedsa.methods import METHODS, Sharing
 
 REPO = "me/fed"
 TOKEN = "hf_a_token_that_is_nobodys"
@@ -56,7 +57,8 @@ def make_federation(**changes):
         "card": {},
         "hub_base_model": "me/base",
         "task_type": None,
-        "method": "lora",
+        "method": "fedsa",
+        "adapter_kind": "lora",
         "clients": clients,
         "num_clients": len(changes.get("clients", clients)),
         "client_repositories": False,
@@ -147,7 +149,7 @@ class TestMetadata:
             "base_model_relation": "adapter",
             "library_name": "peft",
             "pipeline_tag": "text-generation",
-            "tags": ["federated-learning", "hf_fedsa", "lora"],
+            "tags": ["federated-learning", "fedsa", "hf_fedsa", "lora"],
         }
 
     @pytest.mark.parametrize(
@@ -177,8 +179,8 @@ class TestMetadata:
         assert data["language"] == ["en", "no"]
 
     def test_tags_of_the_user_are_sorted_in_and_none_is_there_twice(self):
-        data = metadata(make_card(card={"tags": ["zebra", "maths", "hf_fedsa", "apple"]}, method="dora"))
-        assert data["tags"] == ["apple", "dora", "federated-learning", "hf_fedsa", "maths", "zebra"]
+        data = metadata(make_card(card={"tags": ["zebra", "maths", "hf_fedsa", "apple"]}, adapter_kind="dora"))
+        assert data["tags"] == ["apple", "dora", "federated-learning", "fedsa", "hf_fedsa", "maths", "zebra"]
 
     def test_a_base_that_is_not_on_the_hub_is_not_linked(self):
         card = make_card(hub_base_model=None)
@@ -213,13 +215,13 @@ class TestIntroduction:
         ("method", "name"), [("lora", "LoRA"), ("rslora", "rsLoRA"), ("dora", "DoRA"), ("vera", "VeRA"), ("x", "x")]
     )
     def test_the_method(self, method, name):
-        assert re.search(rf"^{name} adapters", introduction(make_card(method=method)), re.MULTILINE)
+        assert re.search(rf"^{name} adapters", introduction(make_card(adapter_kind=method)), re.MULTILINE)
 
     def test_clients_that_are_not_listed_are_counted(self):
         assert "by 40 clients" in introduction(make_card(num_clients=40))
 
     def test_a_federation_in_a_folder_is_named_after_its_method(self):
-        assert introduction(make_card(repo_id=None, method="dora")).strip().startswith("# DoRA federation\n")
+        assert introduction(make_card(repo_id=None, adapter_kind="dora")).strip().startswith("# DoRA federation\n")
 
     def test_one_client_is_singular(self):
         rounds = [make_round(0, {"north": 1.0})]
@@ -851,11 +853,13 @@ class TestDescription:
         if quantization is not None:
             model.config.quantization_config = quantization
         model = get_peft_model(model, config or make_lora())
+        kind = adapter_kind(model.peft_config["default"])
         defaults = {"hub_base_model": None, "clients": self.CLIENTS}
         return describe_federation(
             model=model,
             adapter_name="default",
-            method=adapter_kind(model.peft_config["default"]),
+            kind=kind,
+            sharing=Sharing({}, METHODS["fedsa"]),
             shared={},
             frozen={},
             summary={**defaults, **summary},
@@ -892,7 +896,7 @@ class TestDescription:
     )
     def test_the_method_and_its_tensors(self, config, name, local):
         federation = self.describe(config)
-        assert federation["method"] == name
+        assert (federation["method"], federation["adapter_kind"]) == ("fedsa", name)
         assert local in federation["local_tensors"]
         assert local not in federation["shared_tensors"]
         assert federation["shared_tensors"]

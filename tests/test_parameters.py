@@ -18,7 +18,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 
-from hf_fedsa.adapters import ADAPTERS, classify
+from hf_fedsa.adapters import ADAPTERS, factor_of
 from hf_fedsa.client.parameters import adapter_kind, adapter_parameters, adapter_tensors
 from hf_fedsa.tensors import clone_tensors, count_bytes, load_tensors, tensors_sha256
 
@@ -60,7 +60,7 @@ class TestTable:
         assert adapter_kind(config).name == name
 
     @pytest.mark.parametrize(
-        "name, shared, local, frozen",
+        "name, a, b, constants",
         [
             ("lora", {"lora_A", "lora_embedding_A"}, {"lora_B", "lora_embedding_B"}, set()),
             ("rslora", {"lora_A", "lora_embedding_A"}, {"lora_B", "lora_embedding_B"}, set()),
@@ -68,9 +68,9 @@ class TestTable:
             ("vera", {"vera_lambda_d"}, {"vera_lambda_b"}, {"vera_A", "vera_B"}),
         ],
     )
-    def test_rows_are_those_of_the_paper(self, name, shared, local, frozen):
+    def test_rows_are_those_of_the_paper(self, name, a, b, constants):
         row = ROWS[name]
-        assert (set(row.shared), set(row.local), set(row.frozen)) == (shared, local, frozen)
+        assert (set(row.a), set(row.b), set(row.constants)) == (a, b, constants)
 
     @pytest.mark.parametrize(
         "config",
@@ -109,43 +109,43 @@ class TestTable:
             adapter_kind(value)
 
 
-class TestClassify:
+class TestFactorOf:
     @pytest.mark.parametrize(
-        "method, key, share",
+        "kind, key, factor",
         [
-            ("lora", f"{LAYER}.lora_A.weight", "shared"),
-            ("lora", f"{LAYER}.lora_B.weight", "local"),
-            ("lora", f"{LAYER}.lora_B.bias", "local"),
-            ("lora", "base_model.model.model.embed_tokens.lora_embedding_A", "shared"),
-            ("lora", "base_model.model.model.embed_tokens.lora_embedding_B", "local"),
-            ("rslora", f"{LAYER}.lora_A.weight", "shared"),
-            ("rslora", f"{LAYER}.lora_B.weight", "local"),
-            ("dora", f"{LAYER}.lora_A.weight", "shared"),
-            ("dora", f"{LAYER}.lora_B.weight", "local"),
-            ("dora", f"{LAYER}.lora_magnitude_vector", "local"),
-            ("dora", f"{LAYER}.lora_magnitude_vector.weight", "local"),
-            ("vera", f"{LAYER}.vera_lambda_d", "shared"),
-            ("vera", f"{LAYER}.vera_lambda_b", "local"),
-            ("vera", "base_model.vera_A", "frozen"),
-            ("vera", "base_model.vera_B", "frozen"),
+            ("lora", f"{LAYER}.lora_A.weight", "A"),
+            ("lora", f"{LAYER}.lora_B.weight", "B"),
+            ("lora", f"{LAYER}.lora_B.bias", "B"),
+            ("lora", "base_model.model.model.embed_tokens.lora_embedding_A", "A"),
+            ("lora", "base_model.model.model.embed_tokens.lora_embedding_B", "B"),
+            ("rslora", f"{LAYER}.lora_A.weight", "A"),
+            ("rslora", f"{LAYER}.lora_B.weight", "B"),
+            ("dora", f"{LAYER}.lora_A.weight", "A"),
+            ("dora", f"{LAYER}.lora_B.weight", "B"),
+            ("dora", f"{LAYER}.lora_magnitude_vector", "B"),
+            ("dora", f"{LAYER}.lora_magnitude_vector.weight", "B"),
+            ("vera", f"{LAYER}.vera_lambda_d", "A"),
+            ("vera", f"{LAYER}.vera_lambda_b", "B"),
+            ("vera", "base_model.vera_A", "constant"),
+            ("vera", "base_model.vera_B", "constant"),
         ],
     )
-    def test_last_component_decides(self, method, key, share):
-        assert classify(key, ROWS[method]) == share
+    def test_last_component_decides(self, kind, key, factor):
+        assert factor_of(key, ROWS[kind]) == factor
 
     @pytest.mark.parametrize(
-        "key, share",
+        "key, factor",
         [
-            ("base_model.model.my_lora_A_proj.lora_B.weight", "local"),
-            ("base_model.model.lora_A.lora_B.weight", "local"),
-            ("base_model.model.lora_B.lora_A.weight", "shared"),
+            ("base_model.model.my_lora_A_proj.lora_B.weight", "B"),
+            ("base_model.model.lora_A.lora_B.weight", "B"),
+            ("base_model.model.lora_B.lora_A.weight", "A"),
         ],
     )
-    def test_the_name_of_the_adapted_module_does_not_matter(self, key, share):
-        assert classify(key, ROWS["lora"]) == share
+    def test_the_name_of_the_adapted_module_does_not_matter(self, key, factor):
+        assert factor_of(key, ROWS["lora"]) == factor
 
     @pytest.mark.parametrize(
-        "method, key",
+        "kind, key",
         [
             ("lora", f"{LAYER}.lora_A_extra.weight"),
             ("lora", f"{LAYER}.my_lora_A.weight"),
@@ -160,28 +160,22 @@ class TestClassify:
             ("vera", f"{LAYER}.lora_A.weight"),
         ],
     )
-    def test_an_unknown_key_is_refused(self, method, key):
-        with pytest.raises(ValueError, match=f"`{key}` is neither shared nor local under method `{method}`"):
-            classify(key, ROWS[method])
+    def test_an_unknown_key_is_refused(self, kind, key):
+        with pytest.raises(ValueError, match=f"`{key}` is no factor of the adapter kind `{kind}`"):
+            factor_of(key, ROWS[kind])
 
-    @pytest.mark.parametrize("method", sorted(ROWS))
-    def test_a_head_is_local_unless_switched(self, method):
-        key = "base_model.model.score.weight"
-        assert classify(key, ROWS[method], modules_to_save=["score"]) == "local"
-        assert classify(key, ROWS[method], modules_to_save=["score"], share_modules_to_save=True) == "shared"
+    @pytest.mark.parametrize("kind", sorted(ROWS))
+    def test_a_module_trained_in_full_is_a_head(self, kind):
+        assert factor_of("base_model.model.score.weight", ROWS[kind], modules_to_save=["score"]) == "head"
 
     def test_a_head_may_have_parts(self):
         key = "base_model.model.classifier.dense.lora_free.bias"
-        assert classify(key, ROWS["lora"], modules_to_save=["classifier"]) == "local"
-        assert classify(key, ROWS["lora"], modules_to_save=["model.classifier"]) == "local"
+        assert factor_of(key, ROWS["lora"], modules_to_save=["classifier"]) == "head"
+        assert factor_of(key, ROWS["lora"], modules_to_save=["model.classifier"]) == "head"
 
     def test_a_head_is_matched_by_whole_components(self):
         with pytest.raises(ValueError, match="modules_to_save: score"):
-            classify("base_model.model.my_score.weight", ROWS["lora"], modules_to_save=["score"])
-
-    def test_the_switch_for_heads_leaves_b_alone(self):
-        share = classify(f"{LAYER}.lora_B.weight", ROWS["lora"], modules_to_save=["score"], share_modules_to_save=True)
-        assert share == "local"
+            factor_of("base_model.model.my_score.weight", ROWS["lora"], modules_to_save=["score"])
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor", "ignore:`lora_bias=True` was passed")
@@ -219,16 +213,16 @@ class TestAdapterParameters:
             assert torch.all(saved[key] == number), key
 
     @pytest.mark.parametrize("kind", sorted(CONFIGS))
-    def test_every_tensor_falls_under_the_method(self, kind):
+    def test_every_tensor_is_a_factor(self, kind):
         model = make_peft_model(kind)
         config = model.peft_config["default"]
-        shares = {
-            key: classify(key, adapter_kind(config), config.modules_to_save)
+        factors = {
+            key: factor_of(key, adapter_kind(config), config.modules_to_save)
             for key in adapter_tensors(model, "default")
         }
         trained = adapter_parameters(model, "default").keys()
-        assert {key for key, share in shares.items() if share != "frozen"} == set(trained)
-        assert {"shared", "local"} <= set(shares.values())
+        assert {key for key, factor in factors.items() if factor != "constant"} == set(trained)
+        assert {"A", "B"} <= set(factors.values())
 
     def test_shapes_are_those_of_the_two_factors(self):
         parameters = adapter_parameters(make_peft_model("dora"), "default")

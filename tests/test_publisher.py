@@ -17,6 +17,7 @@ from hf_fedsa.client.parameters import adapter_kind, adapter_tensors
 from hf_fedsa.hub import Publisher
 from hf_fedsa.hub.saving import describe_federation, save_federation
 from hf_fedsa.hub.whole_folder import saving
+from hf_fedsa.methods import METHODS, Sharing
 from hf_fedsa.tensors import clone_tensors, tensors_sha256
 
 REPO = "me/fed"
@@ -42,7 +43,8 @@ def save(model, folder, publisher, joined=(), change=0.0, tokenizer=None):
         federation = describe_federation(
             model=model,
             adapter_name="default",
-            method=adapter_kind(model.peft_config["default"]),
+            kind=adapter_kind(model.peft_config["default"]),
+            sharing=Sharing({}, METHODS["fedsa"]),
             shared=shared,
             frozen={},
             summary={
@@ -68,6 +70,7 @@ def save(model, folder, publisher, joined=(), change=0.0, tokenizer=None):
             model=model,
             adapter_name="default",
             shared=shared,
+            start={},
             client_tensors=lambda client_id: {k: t + change * ("lora_B" in k) for k, t in tensors.items()},
             initial_tensors={},
             frozen={},

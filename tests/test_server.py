@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from three_floats import START, far, make_server, make_update, numbers, value
+from three_floats import KEPT, START, far, make_server, make_update, numbers, value
 
 from hf_fedsa.faults import judge
 from hf_fedsa.metrics import log_line
@@ -61,7 +61,7 @@ def test_three_rounds_of_some_of_the_clients_by_hand():
 
 
 def test_the_mean_is_taken_in_the_order_of_arrival():
-    updates = [make_update(c, [3.0 + i / 7, i / 11, 4.0 - i / 13], weight=1 + i) for i, c in enumerate("cabd")]
+    updates = [make_update(c, [3.0 + i / 70, i / 110, 4.0 - i / 130], weight=1 + i) for i, c in enumerate("cabd")]
 
     def mean_of(order):
         server = make_server("abcd")
@@ -187,7 +187,7 @@ class TestRefused:
                 call()
 
     def test_tensors_where_a_is_not_trained(self):
-        server = make_server(trains_shared=False)
+        server = make_server(sharing=KEPT)
         server.begin_round()
         before = value(server)
         assert server.receive(make_update("a")) == "it has 'x', and A is not trained here"
@@ -248,9 +248,9 @@ class TestLeftOut:
         server.receive(make_update("b", loss=math.inf))
         server.receive(make_update("a", shared={}, fault="no rows"))
         assert server.all_left_out() == (
-            "All 2 clients of round 0 were left out, such as 'b': its loss is inf. A and every B are as they were "
-            "before the round, and so is what was saved. If losses are not finite, lower `learning_rate` or look at "
-            "the rows. If rows cannot be read, the log says why."
+            "All 2 clients of round 0 were left out, such as 'b': its loss is inf. What is shared and what "
+            "clients keep are as they were before the round, and so is what was saved. If losses are not finite, "
+            "lower `learning_rate` or look at the rows. If rows cannot be read, the log says why."
         )
         assert server.state.open is not None
         record = server.end_round(0.0)
@@ -304,13 +304,13 @@ class TestHeldBack:
         return server
 
     def test_a_change_is_judged_against_the_others_once_all_are_known(self, caplog):
-        server = self.run({"a": 60.0, "b": 1.0, "c": 1.2, "d": 0.9})
+        server = self.run({"a": 60.0, "b": 0.1, "c": 0.12, "d": 0.09})
         assert [*server.state.open.held] == ["a"] and [*server.state.open.weights] == ["b", "c", "d"]
         record = server.end_round(0.0)
-        fault = "its A has changed by 60, more than 5 times the median of the round's 4 clients, 1"
+        fault = "its A has changed by 60, more than 6 times the median of the round's 4 clients, 0.1"
         assert record["left_out"] == {"a": fault}
         assert caplog.messages == [f"Client a is left out of round 0: {fault}."]
-        assert server.shared["x"][1].item() == pytest.approx((1.0 + 1.2 + 0.9) / 3, abs=1e-6)
+        assert server.shared["x"][1].item() == pytest.approx((0.1 + 0.12 + 0.09) / 3, abs=1e-6)
 
     def test_large_changes_of_all_count_in_the_order_of_the_clients(self):
         changes = {"a": 62.7, "b": 62.7, "c": 0.1, "d": 57.3}
@@ -370,12 +370,13 @@ def test_too_few_for_the_round_to_count(caplog):
     assert numbers(server.shared) == [3.0, 3.0, 4.0]
     assert record["staleness"] == {"a": 2, "b": 2}
     assert caplog.messages == [
-        "Round 1 does not count: 1 clients returned an update, and `min_clients_per_round=2`. A stays as it was."
+        "Round 1 does not count: 1 clients returned an update, and `min_clients_per_round=2` needs 2. "
+        "What is shared stays as it was."
     ]
 
 
 def test_a_that_is_not_trained_stays_and_nothing_goes_up():
-    server = make_server("ab", trains_shared=False)
+    server = make_server("ab", sharing=KEPT)
     assert server.begin_round()[1].trained == ("B",)
     for client_id in "ab":
         assert server.receive(make_update(client_id, shared={})) is None

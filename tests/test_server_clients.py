@@ -247,11 +247,11 @@ class TestDeregister:
     def test_in_the_open_round_after_it_has_answered(self, forget):
         server = make_server("abc")
         server.begin_round()
-        for client_id, number in (("a", 1.0), ("b", 2.0)):
+        for client_id, number in (("a", 0.125), ("b", 0.25)):  # Too little to be held back.
             server.receive(make_update(client_id, [3.0, number, 4.0]))
         server.deregister("b", forget=forget)
         record = server.end_round(0.0)
-        assert numbers(server.shared) == [3.0, 1.5, 4.0]
+        assert numbers(server.shared) == [3.0, 0.1875, 4.0]
         assert record["clients"] == (["a"] if forget else ["a", "b"])
         assert server.state.last_round == ({"a": 0} if forget else {"a": 0, "b": 0})
 

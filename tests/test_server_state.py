@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import threading
 
 import numpy as np
 import pytest
 import torch
-from three_floats import far, make_server, make_update, numbers, through_bytes, value
+from three_floats import KEPT, Processes, far, make_server, make_update, numbers, through_bytes, value
 
 from hf_fedsa.tensors import tensors_sha256
 
@@ -90,42 +89,14 @@ class TestGoingOn:
             "last_round": {},
             "history": [],
             "schedule_start": 0,
+            "changed": {},
+            "seen": {},
         }
         _, broadcast = server.begin_round()
         assert (broadcast.round_index, broadcast.run_id) == (0, "second")
         server.receive(make_update("c", [2.0, 2.0, 2.0]))
         server.end_round(0.0)
         assert numbers(server.shared) == [2.0, 2.0, 2.0]
-
-
-class Processes:
-    """Runs a function in several threads, as processes that exchange what a server's `reduce` asks them to."""
-
-    def __init__(self, count):
-        self.barrier = threading.Barrier(count, timeout=10)
-        self.given, self.calls = [None] * count, []
-
-    def _exchange(self, rank, name, given):
-        self.given[rank] = given
-        self.barrier.wait()
-        everyone = list(self.given)
-        if rank == 0:
-            self.calls.append(name)
-        self.barrier.wait()
-        return everyone
-
-    def reduce(self, rank, server):
-        server.reduce(
-            lambda flat: torch.stack(self._exchange(rank, f"all_reduce {len(flat)}", flat)).sum(dim=0),
-            lambda items: [item for part in self._exchange(rank, "gather", items) for item in part],
-        )
-
-    def run(self, servers):
-        threads = [threading.Thread(target=self.reduce, args=entry) for entry in enumerate(servers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
 
 
 class TestSeveralProcesses:
@@ -135,7 +106,7 @@ class TestSeveralProcesses:
             ({}, ["gather", "all_reduce 4", "gather"], ["c", "d"]),
             ({"max_update_norm": None}, ["all_reduce 4", "gather"], ["c"]),
             ({"max_update_norm": 2.0}, ["all_reduce 4", "gather"], ["c", "d"]),
-            ({"trains_shared": False}, ["gather", "gather"], ["c"]),
+            ({"sharing": KEPT}, ["gather", "gather"], ["c"]),
         ],
         ids=["auto", "no limit", "a limit", "A is not trained"],
     )
@@ -150,7 +121,7 @@ class TestSeveralProcesses:
                 c: far(c, change, round_index=round_index, loss=change, weight=1.0 + i)
                 for i, (c, change) in enumerate(changes.items())
             }
-            if "trains_shared" in settings:
+            if "sharing" in settings:
                 updates = {c: dataclasses.replace(update, shared={}) for c, update in updates.items()}
             for server in (one, *replicas):
                 server.begin_round()

@@ -844,7 +844,7 @@ def test_an_adapter_is_added_by_one_row_of_the_table(monkeypatch):
     config = LoHaConfig(r=4, alpha=8, target_modules=["q_proj", "up_proj"], init_weights=False)
     with pytest.raises(ValueError, match="no row"):
         Slots(get_peft_model(base_llama(), copy.deepcopy(config)), 2)
-    row = AdapterKind("loha", "LOHA", shared=("hada_w1_a", "hada_w2_a"), local=("hada_w1_b", "hada_w2_b"))
+    row = AdapterKind("loha", "LOHA", a=("hada_w1_a", "hada_w2_a"), b=("hada_w1_b", "hada_w2_b"))
     monkeypatch.setattr(parameters, "ADAPTERS", (*ADAPTERS, row))
     federation = with_references(get_peft_model(base_llama(), config).eval())
     for slot_rows in ROWS.values():
@@ -893,4 +893,4 @@ def test_without_tied_words_the_option_changes_nothing():
     with pytest.warns(UserWarning, match="no tied modules were found"):
         model = get_peft_model(base_llama(), lora(**TIED_TARGETS))
         made = Slots(model, 2)
-    assert not any("lm_head" in key for key in made.share_of)
+    assert not any("lm_head" in key for key in made.sharing.share_of)

@@ -154,6 +154,8 @@ class ClientRuntime:
         """Loads the next wave's clients if none are in the slots: A as it was sent, B as it was stored."""
         if not self.state.wave_open:
             self._open_wave(scaler)
+        # Here, where also a run comes by that was resumed within a wave, and after the optimizer has been made.
+        self.slots.train(self.slots.sharing.trained(self.broadcast.trained))
         self.optimizer.begin_step(list(self.slot_of.values()))
 
     def _open_wave(self, scaler: GradScaler | None) -> None:
@@ -241,11 +243,13 @@ class ClientRuntime:
     def _update_of(self, client_id: str, slot: int) -> Update:
         """What a client returns. Unless there is a fault, its B of this round is then in the store."""
         state, steps = self.state, self._counts.get(client_id, 0)
-        returned, local = self.slots.take(slot, "shared"), self.slots.select(slot, "local")
+        names = self.slots.sharing.returned(self.broadcast.trained)
+        returned = {name: tensor for name, tensor in self.slots.take(slot, "shared").items() if name in names}
+        received, local = {name: self.broadcast.shared[name] for name in returned}, self.slots.select(slot, "local")
         fault = state.left_out.get(client_id)
         if fault is None:
             limit, total = self.settings.max_update_norm, float(self._losses[client_id])
-            fault = judge(returned, self.broadcast.shared, total, limit, local=local)
+            fault = judge(returned, received, total, limit, local=local)
         if fault is not None:
             state.left_out[client_id] = fault
             return Update(client_id, state.round_index, {}, weight=0.0, num_steps=steps, fault=fault)
@@ -256,7 +260,7 @@ class ClientRuntime:
         return Update(
             client_id,
             state.round_index,
-            returned if self.settings.sends_shared else {},
+            returned,
             weight=self._weight(client_id, steps),
             num_steps=steps,
             metrics={"loss": float(self._losses[client_id]) / steps},
@@ -359,7 +363,7 @@ class ClientRuntime:
         """
         if client_id in self.slot_of:
             training = self.slots.take_trained(self.slot_of[client_id])
-            return {key: tensor for key, tensor in training.items() if self.slots.share_of[key] == "local"}
+            return {key: tensor for key, tensor in training.items() if self.slots.sharing.share_of[key] == "local"}
         state = self.state
         if client_id in state.returned:
             return self._stored("clients", client_id, state.round_index)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from peft.tuners.vera import Linear as VeraLinear
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..adapters import Share, classify
+from ..adapters import factor_of
+from ..methods import METHODS, Method, Share, Sharing
 from ..tensors import clone_tensors, load_tensors
 from .parameters import adapter_kind, adapter_parameters, adapter_tensors, refuse_tied
 
@@ -48,6 +49,8 @@ class Slots:
             Model with exactly one adapter.
         num_slots (`int`):
             Number of clients that can train at the same time.
+        method ([`Method`], *optional*, defaults to FedSA):
+            Says which factors are shared.
         share_modules_to_save (`bool`, *optional*, defaults to `False`):
             Whether modules trained in full (`modules_to_save`) are shared rather than kept by each client.
         side_by_side (`bool`, *optional*, defaults to `True`):
@@ -55,11 +58,16 @@ class Slots:
             one slot only.
 
     Raises:
-        `ValueError`: the model has several adapters, or the config cannot be split between server and client.
+        `ValueError`: the model has several adapters, or a tensor of the adapter is no known factor.
     """
 
     def __init__(
-        self, model: PeftModel, num_slots: int, share_modules_to_save: bool = False, side_by_side: bool = True
+        self,
+        model: PeftModel,
+        num_slots: int,
+        method: Method = METHODS["fedsa"],
+        share_modules_to_save: bool = False,
+        side_by_side: bool = True,
     ):
         if len(model.peft_config) != 1:
             raise ValueError(
@@ -74,11 +82,10 @@ class Slots:
         refuse_tied(adapter_tensors(model, first))
         self.parameters: list[dict[str, nn.Parameter]] = [adapter_parameters(model, first)]
         modules_to_save = getattr(self.config, "modules_to_save", None)
-        self.share_of: dict[str, Share] = {
-            key: classify(key, self.kind, modules_to_save, share_modules_to_save) for key in self.parameters[0]
-        }
-        self._trained = {key for key, parameter in self.parameters[0].items() if parameter.requires_grad}
-        self._frozen: set[str] = set()
+        factors = {key: factor_of(key, self.kind, modules_to_save) for key in self.parameters[0]}
+        self.sharing = Sharing(factors, method, share_modules_to_save)
+        self._trainable = {key for key, parameter in self.parameters[0].items() if parameter.requires_grad}
+        self._trained = self._trainable
         for name in self.names[1:]:
             self.parameters.append(self._add_adapter(name))
         if num_slots > 1:
@@ -113,10 +120,20 @@ class Slots:
 
     # What trains
 
-    def freeze(self, share: Share) -> None:
-        """Keeps the shared or the local tensors of every slot from training."""
-        self._frozen |= {key for key, other in self.share_of.items() if other == share}
-        self.keep_trained()
+    def use(self, method: Method) -> None:
+        """Shares by another method from now on."""
+        self.sharing = Sharing(self.sharing.factors, method, self.sharing.share_heads)
+        self.train(self.sharing.ever_trained)
+
+    def train(self, keys: Collection[str]) -> None:
+        """Lets these tensors train, in every slot, and no others."""
+        trained = self._trainable & set(keys)
+        if trained == self._trained:
+            return
+        self._trained = trained
+        for parameters in self.parameters:
+            for key, parameter in parameters.items():
+                parameter.requires_grad_(key in self._trained)
 
     def keep_trained(self) -> None:
         """
@@ -129,7 +146,7 @@ class Slots:
             if not any(parameter.requires_grad for parameter in parameters.values()):
                 for key in self._trained:
                     parameters[key].requires_grad_(True)
-            for key in self._frozen:
+            for key in self._trainable - self._trained:
                 parameters[key].requires_grad_(False)
 
     # Loading
@@ -167,7 +184,8 @@ class Slots:
 
     def select(self, slot: int, share: Share | None = None) -> dict[str, nn.Parameter]:
         """The live parameters of a slot, all of them or only the `"shared"` or `"local"` ones."""
-        return {key: p for key, p in self.parameters[slot].items() if share is None or self.share_of[key] == share}
+        share_of = self.sharing.share_of
+        return {key: p for key, p in self.parameters[slot].items() if share is None or share_of[key] == share}
 
     # Side by side
 

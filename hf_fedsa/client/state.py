@@ -17,14 +17,11 @@ class ClientSettings:
             A client's weight in the average: `"examples"`, the different rows it trained on, or `"uniform"`, 1.
         max_update_norm (`float`, *optional*):
             Largest change of A, as a multiple of the norm of the A that was sent. `None` leaves it to the server.
-        sends_shared (`bool`, *optional*, defaults to `True`):
-            Whether A trains and is returned.
     """
 
     seed: int
     weighting: str = "examples"
     max_update_norm: float | None = None
-    sends_shared: bool = True
 
 
 @dataclass

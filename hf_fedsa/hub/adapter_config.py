@@ -30,18 +30,18 @@ _MODULE = re.compile(r"[\w.\-]+")
 # Config
 
 
-def read_adapter_config(path: Path, method: str) -> PeftConfig:
+def read_adapter_config(path: Path, kind_name: str) -> PeftConfig:
     """
     Reads an `adapter_config.json`.
 
     Args:
         path (`Path`):
             The file.
-        method (`str`):
+        kind_name (`str`):
             The federation's row of `ADAPTERS`.
 
     Raises:
-        `ValueError`: a field is not what PEFT expects there, or asks for more than an adapter of that method needs.
+        `ValueError`: a field is not what PEFT expects there, or asks for more than an adapter of that kind needs.
     """
     values = read_object(path, str(path))
     kind = _CONFIGS.get(values["peft_type"]) if isinstance(values.get("peft_type"), str) else None
@@ -58,9 +58,10 @@ def read_adapter_config(path: Path, method: str) -> PeftConfig:
         validate_peft_config(config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if adapter_kind(config).name != method:
+    if adapter_kind(config).name != kind_name:
         raise ValueError(
-            f"{path} is the config of the method {adapter_kind(config).name!r}, and the federation's is {method!r}."
+            f"{path} is the config of an adapter of the kind {adapter_kind(config).name!r}, and the federation's is "
+            f"{kind_name!r}."
         )
     return config
 
@@ -184,7 +185,7 @@ def config_to_build(config: PeftConfig, tensors: Mapping[str, torch.Tensor], pla
 
 def _ranks(config: PeftConfig, tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, str]]:
     """Rank of every adapted module, by its name, as the shapes have it, and the key of the tensor that has it."""
-    (names,) = {row.shared for row in ADAPTERS if row.peft_type == config.peft_type.value}
+    (names,) = {row.a for row in ADAPTERS if row.peft_type == config.peft_type.value}
     ranks = {}
     for key, tensor in tensors.items():
         module, _, name = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".")

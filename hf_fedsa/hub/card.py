@@ -7,9 +7,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..methods import METHODS
 from ..metrics import over_clients
 
-PAPER = "https://arxiv.org/abs/2410.01463"
 _CITATION = """\
 @inproceedings{guo2025selective,
     title     = {Selective Aggregation for Low-Rank Adaptation in Federated Learning},
@@ -19,7 +19,7 @@ _CITATION = """\
     url       = {https://arxiv.org/abs/2410.01463}
 }"""
 
-_METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "vera": "VeRA"}
+_KINDS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "vera": "VeRA"}
 # By the adapter's task: the Hub's name for it, and the class of the base model.
 TASKS = {
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
@@ -47,7 +47,7 @@ def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str,
     Returns:
         `str`: Markdown with a metadata header.
     """
-    name = federation["card"].get("model_name") or (repo_id or f"{_method(federation)} federation").split("/")[-1]
+    name = federation["card"].get("model_name") or (repo_id or f"{_kind(federation)} federation").split("/")[-1]
     parts = [
         f"---\n{_metadata(federation).to_yaml()}\n---",
         f"# {name}",
@@ -56,7 +56,7 @@ def make_model_card(federation: Mapping[str, Any], rounds: Sequence[Mapping[str,
         _results_section(federation),
         _loading_section(federation, repo_id or "path/to/this/folder"),
         _training_section(federation),
-        f"## Citation\n\n```bibtex\n{_CITATION}\n```",
+        f"## Citation\n\n```bibtex\n{_CITATION}\n```" if federation["method"] == "fedsa" else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -95,13 +95,22 @@ def _metadata(federation: Mapping[str, Any]) -> ModelCardData:
         language=card.get("language"),
         license=card.get("license"),
         datasets=card.get("dataset_name"),
-        tags=sorted({"hf_fedsa", "federated-learning", federation["method"], *card.get("tags", ())}),
+        tags=sorted(
+            {"hf_fedsa", "federated-learning", federation["method"], federation["adapter_kind"], *card.get("tags", ())}
+        ),
         **relation,
     )
 
 
+def _kind(federation: Mapping[str, Any]) -> str:
+    return _KINDS.get(federation["adapter_kind"], federation["adapter_kind"])
+
+
 def _method(federation: Mapping[str, Any]) -> str:
-    return _METHODS.get(federation["method"], federation["method"])
+    """The method's name, with a link to its paper. One that is not known here is called as in `federation.json`."""
+    method = METHODS.get(federation["method"])
+    title = (method and method.title) or federation["method"]
+    return f"[{title}]({method.reference})" if method and method.reference else title
 
 
 def _base_link(federation: Mapping[str, Any]) -> str:
@@ -127,8 +136,8 @@ def _introduction(federation: Mapping[str, Any], where: str) -> str:
         which = f"The {'adapter of the client is' if number == 1 else 'adapters of all clients are'} {where}."
     which = f"{joined} joined later. {which}" if joined else which
     return (
-        f"{_method(federation)} adapters of {_base_link(federation)}, trained by {_count(number - joined, 'client')} "
-        f"in {_count(federation['rounds_done'], 'round')} of [FedSA-LoRA]({PAPER}), each client on its own rows. "
+        f"{_kind(federation)} adapters of {_base_link(federation)}, trained by {_count(number - joined, 'client')} "
+        f"in {_count(federation['rounds_done'], 'round')} of {_method(federation)}, each client on its own rows. "
         f"{which}"
     )
 
@@ -141,7 +150,7 @@ def _sharing_section(federation: Mapping[str, Any], rounds: Sequence[Mapping[str
         "",
         "| averaged between rounds | kept by each client |",
         "|---|---|",
-        f"| {shared} | {local} |",
+        f"| {shared or 'nothing'} | {local or 'nothing'} |",
     ]
     if federation["adapter"].get("modules_to_save"):
         modules = ", ".join(f"`{name}`" for name in federation["adapter"]["modules_to_save"])

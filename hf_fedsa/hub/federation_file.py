@@ -9,6 +9,7 @@ import torch
 
 from ..adapters import ADAPTERS
 from ..files import validate_client_ids
+from ..methods import is_method_name
 from .card import TASKS
 from .processing_files import may_be_processing_file
 
@@ -136,9 +137,12 @@ _NUMBERS = (_dict_of(is_number), "an object of finite numbers")
 _NUMBERS_OR_NONE = (_dict_of(_is_number_or_none), "an object of finite numbers or nulls")
 _WORDS = (lambda value: is_text(value) or _TEXTS[0](value), "a string or a list of strings")
 
+_KINDS = [row.name for row in ADAPTERS]
+
 # Every field that is read, and those that other versions may lack.
 _FEDERATION: dict[str, Check] = {
     "adapter": _OBJECT,
+    "adapter_kind": (lambda value: value in _KINDS, f"one of {', '.join(_KINDS)}"),
     "arguments": _OBJECT,
     "base_dtype": (_is_name_of_dtype, "the name of a floating-point dtype of torch"),
     "base_model": _or_none(_TEXT),
@@ -150,7 +154,7 @@ _FEDERATION: dict[str, Check] = {
     "hub_base_model": _or_none(_TEXT),
     "initial_shared_sha256": _HASH,
     "local_tensors": _TEXTS,
-    "method": (lambda value: value in [row.name for row in ADAPTERS], f"one of {', '.join(r.name for r in ADAPTERS)}"),
+    "method": (is_method_name, "the name of a method"),
     "mutates_base": _FLAG,
     "num_clients": _COUNT,
     "origin": _or_none(_OBJECT),
@@ -237,6 +241,9 @@ def read_federation_file(path: Path, name: str) -> dict[str, Any]:
         `ValueError`: it is damaged or of another version. The message names the field.
     """
     federation = read_json(path, name)
+    if isinstance(federation, dict) and "adapter_kind" not in federation and federation.get("method") in _KINDS:
+        # Version 0.1.0 knew one method, and called the adapter's kind by that name.
+        federation |= {"adapter_kind": federation["method"], "method": "fedsa"}
     _check(federation if isinstance(federation, dict) else {}, name, _FEDERATION, {})
     _check(federation["card"], f"`card` of {name}", {}, _CARD_OPTIONAL)
     _check(federation["adapter"], f"`adapter` of {name}", {}, _ADAPTER_OPTIONAL)

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ..adapters import ADAPTERS, factor_of, last_component
 from ..files import file_sha256, write_json, write_safetensors, write_text
+from ..methods import Sharing, method_named
 from ..tensors import tensors_sha256
 from .card import make_model_card
 from .federation_file import read_federation_file, read_object, read_rounds
@@ -55,6 +57,38 @@ def read_federation(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(no_federation(str(directory)))
     return read_federation_file(path, str(path))
+
+
+def divide_shared(
+    tensors: Mapping[str, torch.Tensor], federation: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    Divides what is in the folder `shared`.
+
+    Args:
+        tensors (`Mapping[str, torch.Tensor]`):
+            Its tensors.
+        federation (`Mapping[str, Any]`):
+            Contents of `federation.json`.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]`: the server's tensors, and A as every client has
+        started where each keeps its own.
+    """
+    start = {key: tensor for key, tensor in tensors.items() if last_component(key) in federation["local_tensors"]}
+    return {key: tensor for key, tensor in tensors.items() if key not in start}, start
+
+
+def sharing_of(keys: Iterable[str], federation: Mapping[str, Any], modules_to_save: Iterable[str] | None) -> Sharing:
+    """
+    The method of a federation on an adapter's tensors.
+
+    Raises:
+        `ValueError`: the method is not known here, or a tensor is no factor of the adapter.
+    """
+    kind = next(row for row in ADAPTERS if row.name == federation["adapter_kind"])
+    factors = {key: factor_of(key, kind, modules_to_save) for key in keys}
+    return Sharing(factors, method_named(federation["method"]), federation["share_modules_to_save"])
 
 
 def no_federation(place: str) -> str:
@@ -106,6 +140,7 @@ class SavedFederation:
         # A run that goes on, or starts anew, in the same folder adds rounds that the saved adapters are not of.
         rounds = read_rounds(locate(directory, ROUNDS))[: federation["rounds_done"]]
         shared = load_checked(locate(directory, f"shared/{WEIGHTS}"), "The shared part")
+        shared, _ = divide_shared(shared, federation)
         if tensors_sha256(shared) != federation["shared_sha256"]:
             raise ValueError(MIXTURE.format(path=directory / "shared" / WEIGHTS))
         if rounds and rounds[-1]["shared_sha256"] != federation["shared_sha256"]:

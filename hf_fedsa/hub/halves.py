@@ -7,13 +7,20 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTERS, classify
+from ..adapters import ADAPTERS
 from ..files import file_sha256, write_safetensors, write_text
 from ..fit import misfit
 from ..metrics import rounds_jsonl
 from ..tensors import clone_tensors, tensors_sha256
 from .federation_file import read_object, read_rounds
-from .folder import read_federation, read_saved, warn_of_other_clients, write_descriptions
+from .folder import (
+    divide_shared,
+    read_federation,
+    read_saved,
+    sharing_of,
+    warn_of_other_clients,
+    write_descriptions,
+)
 from .publication import summarize_results
 from .weights import check_tensors, load_checked
 from .whole_folder import CONFIG, MIXTURE, ROUNDS, WEIGHTS, join_path, locate, saving
@@ -46,7 +53,7 @@ def open_shared(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             "way that others cannot repeat. Save a federation with the default initialisation."
         )
     path = _existing(folder, join_path("shared", WEIGHTS))
-    shared = load_checked(path, "The shared part")
+    shared, _ = divide_shared(load_checked(path, "The shared part"), federation)
     if tensors_sha256(shared) != federation["shared_sha256"]:
         raise ValueError(MIXTURE.format(path=path))
     return clone_tensors(shared, dtype=torch.float32), federation
@@ -125,7 +132,8 @@ def save_server_half(
     with saving(folder) as scratch:
         for name in [join_path("shared", CONFIG), *federation["processing_files"]]:
             _copy(_existing(like, name), scratch / name)
-        write_safetensors(scratch / "shared" / WEIGHTS, shared)
+        _, start_of_a = divide_shared(load_checked(_existing(like, join_path("shared", WEIGHTS)), "A"), federation)
+        write_safetensors(scratch / "shared" / WEIGHTS, {**start_of_a, **shared})
         write_text(scratch / ROUNDS, rounds_jsonl(rounds))
         write_descriptions(scratch, federation, rounds)
         read_saved(scratch, federation["processing_files"])  # What could not be read again does not replace anything.
@@ -227,26 +235,26 @@ def _check_local(
     modules_to_save: Sequence[str],
 ) -> None:
     """Raises `ValueError` unless `local` is what a complete adapter has besides `shared`."""
-    kind = next(row for row in ADAPTERS if row.name == federation["method"])
-    shares_heads = federation["share_modules_to_save"]
-    share_of = {key: classify(key, kind, modules_to_save, shares_heads) for key in local}
-    if excess := sorted(key for key, share in share_of.items() if share == "shared"):
+    kind = next(row for row in ADAPTERS if row.name == federation["adapter_kind"])
+    sharing = sharing_of({**shared, **local}, federation, modules_to_save)
+    if excess := sorted(key for key in local if sharing.share_of.get(key) == "shared"):
         raise ValueError(f"`local` of {client_id!r} holds {excess[0]!r}, which is shared. Pass it in `shared` alone.")
-    frozen = {key: local[key] for key, share in share_of.items() if share == "frozen"}
+    frozen = {key: local[key] for key in local if key not in sharing.share_of}
     if (tensors_sha256(frozen) if frozen else None) != federation["frozen_sha256"]:
         raise ValueError(
             f"`local` of {client_id!r} {'has other constants than' if frozen else 'lacks the constants of'} the "
-            f"federation, such as {', '.join(kind.frozen) or 'none'}. Pass those that it was trained with."
+            f"federation, such as {', '.join(kind.constants) or 'none'}. Pass those that it was trained with."
         )
     # A row of the table lists what belongs together in one order, and then what every module has besides.
-    partner = dict(zip(kind.shared, kind.local, strict=False))
-    own = {_module_and_name(key) for key in local}
+    partner = dict(zip(kind.a, kind.b, strict=False))
+    partner |= {b: a for a, b in partner.items()}
+    whole = {_module_and_name(key) for key in (*shared, *local)}
     needed = []
-    for module, name in sorted(map(_module_and_name, shared)):
+    for module, name in sorted(whole):
         if name in partner:
-            needed += [(module, partner[name]), *((module, other) for other in kind.local[len(partner) :])]
-    missing = [f"{module}.{name}" for module, name in needed if (module, name) not in own]
-    if not shares_heads:
+            needed += [(module, partner[name]), *((module, other) for other in kind.b[len(kind.a) :])]
+    missing = [f"{module}.{name}" for module, name in needed if (module, name) not in whole]
+    if not sharing.share_heads:
         missing += [head for head in modules_to_save if not any(f".{head}." in f".{key}." for key in local)]
     if missing:
         raise ValueError(

@@ -16,12 +16,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..adapters import ADAPTERS, classify
 from ..client.parameters import adapter_shapes, adapter_tensors
 from ..fit import misfit
 from ..server.aggregation import weighted_mean
 from ..tensors import clone_tensors, tensors_sha256
 from .card import TASKS
+from .folder import divide_shared, sharing_of
 from .merging import merge as merge_into_base
 from .saved_config import as_json, comparable, config_dict
 from .source import ClientAdapter, Source
@@ -254,6 +254,8 @@ class Origin:
             The federation's own, which may have patterns where `config` has the names they stand for.
         shared (`dict[str, torch.Tensor]`):
             The server's tensors, fp32.
+        start (`dict[str, torch.Tensor]`):
+            A as every client has started, where each keeps its own.
         local (`dict[str, torch.Tensor]`, *optional*):
             What the newcomer starts from of its own. `None` means as the adapter is initialised: B is zero.
     """
@@ -262,6 +264,7 @@ class Origin:
     config: PeftConfig
     saved_config: PeftConfig
     shared: dict[str, torch.Tensor]
+    start: dict[str, torch.Tensor]
     local: dict[str, torch.Tensor] | None
 
     def restore_patterns(self, configs: Iterable[PeftConfig]) -> None:
@@ -302,14 +305,14 @@ def load_origin(
             "cannot repeat. Federations with the default initialisation can be joined."
         )
     shared = origin.read_adapter("shared", None, whose="The shared part")
-    if tensors_sha256(shared.tensors) != federation["shared_sha256"]:
+    averaged, start = divide_shared(shared.tensors, federation)
+    if tensors_sha256(averaged) != federation["shared_sha256"]:
         raise ValueError(MIXTURE.format(path=f"{source}/shared/{WEIGHTS}"))
-    method = next(row for row in ADAPTERS if row.name == federation["method"])
 
     def local_of(client_id: str) -> dict[str, torch.Tensor]:
-        modules, sharing = getattr(shared.config, "modules_to_save", None), federation["share_modules_to_save"]
         tensors = origin.adapter(client_id).tensors
-        return {key: t for key, t in tensors.items() if classify(key, method, modules, sharing) == "local"}
+        share_of = sharing_of(tensors, federation, getattr(shared.config, "modules_to_save", None)).share_of
+        return {key: t for key, t in tensors.items() if share_of.get(key) == "local"}
 
     local = None
     published = [client_id for client_id, entry in federation["clients"].items() if entry["path"] is not None]
@@ -326,4 +329,11 @@ def load_origin(
     for name in ("init_lora_weights", "init_weights"):  # A newcomer starts from what it draws.
         if name in vars(config):
             setattr(config, name, getattr(shared.saved_config, name))
-    return Origin(federation, config, shared.saved_config, clone_tensors(shared.tensors, dtype=torch.float32), local)
+    return Origin(
+        federation,
+        config,
+        shared.saved_config,
+        shared=clone_tensors(averaged, dtype=torch.float32),
+        start=clone_tensors(start),
+        local=local,
+    )

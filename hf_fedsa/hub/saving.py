@@ -14,6 +14,7 @@ from ..adapters import AdapterKind
 from ..client.parameters import adapter_tensors, as_plain_lora
 from ..client.slots import mutates_base
 from ..files import file_sha256, write_text
+from ..methods import Sharing
 from ..metrics import rounds_jsonl
 from ..tensors import tensors_sha256
 from .folder import write_adapter, write_descriptions
@@ -31,7 +32,8 @@ def describe_federation(
     *,
     model: PeftModel,
     adapter_name: str,
-    method: AdapterKind,
+    kind: AdapterKind,
+    sharing: Sharing,
     shared: Mapping[str, torch.Tensor],
     frozen: Mapping[str, torch.Tensor],
     summary: Mapping[str, Any],
@@ -44,8 +46,10 @@ def describe_federation(
             Model the adapters belong to.
         adapter_name (`str`):
             Adapter whose config is described.
-        method ([`~hf_fedsa.adapters.AdapterKind`]):
-            Row of the adapter in the table of shared tensors.
+        kind ([`~hf_fedsa.adapters.AdapterKind`]):
+            The adapter's kind.
+        sharing ([`~hf_fedsa.methods.Sharing`]):
+            The method on its tensors.
         shared (`Mapping[str, torch.Tensor]`):
             The server's tensors.
         frozen (`Mapping[str, torch.Tensor]`):
@@ -56,18 +60,20 @@ def describe_federation(
     config = config_to_save(model, adapter_name)
     base = model.get_base_model()
     name = config.base_model_name_or_path
-    kinds = {part for key in adapter_tensors(model, adapter_name) for part in key.split(".")}
+    found = {part for key in adapter_tensors(model, adapter_name) for part in key.split(".")}
+    components = {"A": [name for name in kind.a if name in found], "B": [name for name in kind.b if name in found]}
     return {
         **summary,
-        "method": method.name,
+        "method": sharing.method.name,
+        "adapter_kind": kind.name,
         "task_type": as_json(config.task_type),
         "base_model": name,
         "base_dtype": str(base.dtype).removeprefix("torch."),
         "quantization_config": _quantization(base),
         "mutates_base": mutates_base(config),
         "adapter": adapter_summary(config),
-        "shared_tensors": [kind for kind in method.shared if kind in kinds],
-        "local_tensors": [kind for kind in method.local if kind in kinds],
+        "shared_tensors": [name for factor in sharing.method.shared for name in components[factor]],
+        "local_tensors": [name for factor in sharing.method.local for name in components[factor]],
         "shared_sha256": tensors_sha256(shared),
         "frozen_sha256": tensors_sha256(frozen) if frozen else None,
         "num_clients": len(summary["clients"]),
@@ -99,6 +105,7 @@ def save_federation(
     model: PeftModel,
     adapter_name: str,
     shared: Mapping[str, torch.Tensor],
+    start: Mapping[str, torch.Tensor],
     client_tensors: Callable[[str], Mapping[str, torch.Tensor]],
     initial_tensors: Mapping[str, torch.Tensor],
     frozen: Mapping[str, torch.Tensor],
@@ -118,6 +125,8 @@ def save_federation(
             Adapter whose config is saved.
         shared (`Mapping[str, torch.Tensor]`):
             The server's tensors.
+        start (`Mapping[str, torch.Tensor]`):
+            A as every client started, where each keeps its own. PEFT would fill it with random numbers.
         client_tensors (`Callable[[str], Mapping[str, torch.Tensor]]`):
             Complete adapter of a client, without its constants. Asked one client at a time.
         initial_tensors (`Mapping[str, torch.Tensor]`):
@@ -126,7 +135,7 @@ def save_federation(
             The adapter's constants.
     """
     config = config_to_save(model, adapter_name)
-    write_adapter(directory / "shared", config_dict(config), shared)
+    write_adapter(directory / "shared", config_dict(config), {**start, **shared})
     entries = {}
     for client_id, entry in federation["clients"].items():
         tensors, client_config = {**client_tensors(client_id), **frozen}, config

@@ -136,7 +136,7 @@ class FoundFederation:
             place = join_path(str(self.source.location), join_path(path, WEIGHTS if config else CONFIG))
             raise ValueError(MIXTURE.format(path=place))
         tensors = load_checked(weights, whose)
-        saved_config = read_adapter_config(config, self.federation["method"])
+        saved_config = read_adapter_config(config, self.federation["adapter_kind"])
         return ClientAdapter(
             weights.parent,
             tensors,

@@ -92,6 +92,36 @@ def _refuse_contents(update: Update, expected: Mapping[str, torch.Tensor]) -> st
     return None
 
 
+def problem_of_everyone(open_round: OpenRound, faults: Mapping[str, str]) -> str | None:
+    """
+    What to tell the user if every client that has answered in a round is left out, else `None`.
+
+    Args:
+        open_round (`OpenRound`):
+            The round.
+        faults (`Mapping[str, str]`):
+            Clients whose update is held back and will not count, and why.
+    """
+    left_out = {**open_round.left_out, **faults}
+    if open_round.weights or len(faults) < len(open_round.held) or not left_out:
+        return None
+    client_id, fault = next(iter(left_out.items()))
+    return (
+        f"All {len(left_out)} clients of round {open_round.round_index} were left out, such as {client_id!r}: "
+        f"{fault}. What is shared and what clients keep are as they were before the round, and so is what was saved. "
+        "If losses are not finite, lower `learning_rate` or look at the rows. If rows cannot be read, the log says "
+        "why."
+    )
+
+
+def does_not_count(open_round: OpenRound, setting: str, needed: int) -> str:
+    """What the log says of a round in which fewer clients have returned an update than a setting needs."""
+    return (
+        f"Round {open_round.round_index} does not count: {len(open_round.weights)} clients returned an update, and "
+        f"`{setting}` needs {needed}. What is shared stays as it was."
+    )
+
+
 def as_float(value: float) -> float:
     """A number that came from elsewhere. An integer that is too large for a float is infinite."""
     try:

@@ -14,6 +14,16 @@ class TooFewClientsError(ValueError):
     """A round wants more clients than are there. Ask again once more have come."""
 
 
+def check_enough_clients(round_index: int, wanted: int | None, available: int, registered: int) -> None:
+    """Raises [`TooFewClientsError`] unless there are as many clients as a round wants, and at least one."""
+    if available < (wanted or 1):
+        raise TooFewClientsError(
+            f"Round {round_index} needs {wanted or 1} clients (`clients_per_round={wanted}`), but of the "
+            f"{registered} that are registered {available} are available. Wait for more, or lower "
+            "`clients_per_round`."
+        )
+
+
 def sample_clients(
     client_ids: Iterable[str],
     clients_per_round: int | None,
@@ -49,6 +59,17 @@ def sample_clients(
         return -math.log((number + 0.5) / 2**63) / weights[client_id], client_id
 
     return sorted(sorted(client_ids, key=rank)[:clients_per_round])
+
+
+def check_client_sampling(client_sampling: str) -> None:
+    """
+    Checks how clients are to be sampled.
+
+    Raises:
+        `ValueError`: it is no way of [`seeded_sampler`].
+    """
+    if client_sampling not in ("uniform", "examples"):
+        raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {client_sampling!r}.")
 
 
 def seeded_sampler(seed: int, client_sampling: str) -> ClientSampler:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import nn
 from ..faults import JUDGED_FROM, judge, norm_and_change, outliers
 from ..files import validate_client_ids
 from ..messages import Broadcast, ClientInfo, Tensors, Update
+from ..methods import METHODS, Sharing
 from ..metrics import forget_client, round_metrics
 from ..tensors import clone_tensors, count_bytes, tensors_sha256
-from .admission import as_float, refuse_client, refuse_update
-from .aggregation import WeightedMean
-from .sampling import ClientSampler, TooFewClientsError, ask_sampler, seeded_sampler
+from .admission import as_float, does_not_count, problem_of_everyone, refuse_client, refuse_update
+from .sampling import ClientSampler, TooFewClientsError, ask_sampler, check_enough_clients, seeded_sampler
 from .state import OpenRound, ServerSettings, ServerState, check_same_shapes, split_names
 
 logger = logging.getLogger(__name__)
@@ -24,18 +24,20 @@ logger = logging.getLogger(__name__)
 
 class Server:
     """
-    The server of a federation. It holds A and never a model, a row or a client's B.
+    The server of a federation. It holds what is shared, and never a model, a row or what a client keeps.
 
     A round is [`begin_round`], [`receive`] for every client's update in whatever order they come, and [`end_round`].
     What it holds between two calls is a value ([`state_dict`]), so it can stop and go on anywhere.
 
     Args:
         shared (`dict[str, torch.Tensor]`):
-            A, copied to fp32 on the CPU.
+            What is shared, copied to fp32 on the CPU. With FedSA it is A.
         clients (`Mapping[str, ClientInfo]`):
             The clients by their ids. More may come, see [`register`].
         settings (`ServerSettings`):
             May be replaced between rounds.
+        sharing ([`~hf_fedsa.methods.Sharing`], *optional*):
+            The method on these tensors: which of them have their turn in a round. `None` means that all do, always.
         sampler (`ClientSampler`, *optional*):
             Chooses the clients of a round in place of `settings.client_sampling`.
         dtypes (`Mapping[str, torch.dtype]`, *optional*):
@@ -45,7 +47,7 @@ class Server:
 
     Attributes:
         shared, initial_shared (`dict[str, torch.Tensor]`):
-            A as it is, and as it was at the beginning of the run. `shared` may be replaced between rounds.
+            What is shared as it is, and as it was when the run began. `shared` may be replaced between rounds.
         clients (`dict[str, ClientInfo]`):
             The clients that rounds are sampled from.
         fingerprint (`dict[str, Any]`, *optional*):
@@ -63,14 +65,16 @@ class Server:
         clients: Mapping[str, ClientInfo],
         settings: ServerSettings,
         *,
+        sharing: Sharing | None = None,
         sampler: ClientSampler | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         run_id: str = "",
     ):
         self.shared = clone_tensors(shared, dtype=torch.float32)
         self.settings = settings
+        self.sharing = sharing or Sharing(dict.fromkeys(shared, "A"), METHODS["fedsa"])
         self._sampler = sampler
-        self._dtypes = dict(dtypes or {})
+        self.dtypes = dict(dtypes or {})
         self.clients: dict[str, ClientInfo] = {}
         self.fingerprint: dict[str, Any] | None = None
         self._planned: dict[tuple[ServerSettings, int], tuple[str, ...]] = {}
@@ -111,7 +115,8 @@ class Server:
                 The client.
             forget (`bool`, *optional*, defaults to `False`):
                 Whether its name and numbers are deleted from `state`; those of the open round go when that ends. An
-                update that is held back is dropped. It also works for a client that has left before.
+                update that is held back is dropped; one that counts already stays in the round, whatever the
+                aggregator. It also works for a client that has left before.
                 What this does not undo: A is an average that the client's updates have entered, and it stays as it
                 is, as does every B that was trained with it. Checkpoints, logs, files and repositories that were
                 written before keep what they say, and what has been published cannot be called back.
@@ -124,6 +129,7 @@ class Server:
         if client_id not in self.clients and not (forget and (in_round or state.names(client_id))):
             raise ValueError(f"There is no client {client_id!r} to take out.")
         self.clients.pop(client_id, None)
+        state.seen.pop(client_id, None)
         self._planned.clear()
         if in_round and forget and self._held.pop(client_id, None) is not None:
             del open_round.held[client_id]
@@ -181,21 +187,37 @@ class Server:
 
     def _sample(self, round_index: int, available: Collection[str]) -> tuple[str, ...]:
         num_rows = {c: info.num_rows for c, info in self.clients.items() if c in available}
-        wanted = self.settings.clients_per_round
-        if len(num_rows) < (wanted or 1):
-            raise TooFewClientsError(
-                f"Round {round_index} needs {wanted or 1} clients (`clients_per_round={wanted}`), but of the "
-                f"{len(self.clients)} that are registered {len(num_rows)} are available. Wait for more, or lower "
-                "`clients_per_round`."
-            )
-        sampler = self._sampler or seeded_sampler(self.settings.seed, self.settings.client_sampling)
-        return ask_sampler(sampler, round_index, num_rows, wanted)
+        settings = self.settings
+        check_enough_clients(round_index, settings.clients_per_round, len(num_rows), registered=len(self.clients))
+        sampler = self._sampler or seeded_sampler(settings.seed, settings.client_sampling)
+        return ask_sampler(sampler, round_index, num_rows, settings.clients_per_round)
 
     # A round
 
-    def sent(self) -> Tensors:
-        """A as it travels: in the dtypes that clients train in."""
-        return {key: tensor.to(self._dtypes.get(key, tensor.dtype)) for key, tensor in self.shared.items()}
+    def sent(self, names: Collection[str] | None = None) -> Tensors:
+        """What is shared, or some of it, as it travels: in the dtypes that clients train in."""
+        names = self.shared if names is None else names
+        return {key: self.shared[key].to(self.dtypes.get(key, torch.float32)) for key in names}
+
+    def lacks(self, client_id: str) -> frozenset[str]:
+        """Names of the shared tensors that have changed since a client was last sent them: all that it needs now."""
+        seen, changed = self.state.seen.get(client_id), self.state.changed
+        return frozenset(
+            name for name in self.shared if seen is None or changed.get(self.sharing.factors[name], 0) > seen
+        )
+
+    def message_to(self, client_id: str, broadcast: Broadcast) -> Broadcast:
+        """What a client is sent that keeps what it was sent before: [`lacks`] of a broadcast, and no other's name."""
+        return replace(broadcast.to(client_id), shared={k: broadcast.shared[k] for k in sorted(self.lacks(client_id))})
+
+    def _bytes_to(self, client_ids: Collection[str]) -> int:
+        sent = self.sent()
+        return sum(count_bytes({name: sent[name] for name in self.lacks(client_id)}) for client_id in client_ids)
+
+    def _returned(self, round_index: int) -> list[str]:
+        """Names of what clients return from a round, in the order of those that are shared."""
+        returned = self.sharing.returned(self.sharing.method.trained(round_index))
+        return [name for name in self.shared if name in returned]
 
     def begin_round(self, available: Collection[str] | None = None) -> tuple[tuple[str, ...], Broadcast]:
         """
@@ -212,23 +234,23 @@ class Server:
             [`TooFewClientsError`]: fewer clients are available than `settings.clients_per_round`, or none.
             `TypeError`, `ValueError`: `sampler` did not return clients.
         """
-        sent = self.sent()
         if self.state.open is None:
             index = self.state.rounds_done
             client_ids = self._plan(index) if available is None else self._sample(index, available)
             self.schedule_steps()  # A sampler that fails in a later round does so before this one is open.
+            self._aggregator = self.settings.new_aggregator()  # `settings` may have been replaced.
             self.state.open = OpenRound(
                 round_index=index,
                 client_ids=list(client_ids),
                 num_clients=len(self.clients),
                 num_steps=self._longest(client_ids),
-                bytes_down=len(client_ids) * count_bytes(sent),
+                bytes_down=self._bytes_to(client_ids),
             )
         open_round = self.state.open
         return tuple(open_round.client_ids), Broadcast(
             round_index=open_round.round_index,
-            shared=sent,
-            trained=("A", "B") if self.settings.trains_shared else ("B",),
+            shared=self.sent(),
+            trained=self.sharing.method.trained(open_round.round_index),
             last_counted={client_id: self.state.last_round.get(client_id) for client_id in open_round.client_ids},
             schedule_start=self.state.schedule_start,
             schedule_steps=self.schedule_steps(),
@@ -243,21 +265,20 @@ class Server:
             `str` or `None`: why it does not count. If the client is not in `state.open.left_out` then, the update was
             refused, and nothing has changed.
         """
-        expected = self.shared if self.settings.trains_shared else {}
+        expected = {} if self.state.open is None else self.sent(self._returned(self.state.open.round_index))
         if (reason := refuse_update(update, self.state.open, expected)) is not None:
             return reason
         client_id = update.client_id
-        sent = self.sent() if expected else {}
         returned = {key: tensor.detach().cpu() for key, tensor in update.shared.items()}
         fault = update.fault
         if fault is None:
             weight, loss = as_float(update.weight), as_float(update.metrics["loss"])
-            fault = judge(returned, sent, loss, self.settings.max_update_norm)
+            fault = judge(returned, expected, loss, self.settings.max_update_norm)
         if fault is not None:
             self._leave_out(client_id, fault)
             return fault
         if self._compares_clients:
-            before, change = norm_and_change(sent, returned)
+            before, change = norm_and_change(expected, returned)
             self.state.open.changes[client_id] = [change, update.num_steps]
             if change > JUDGED_FROM * before:
                 self._held[client_id] = clone_tensors(returned)
@@ -274,9 +295,9 @@ class Server:
     def _count(self, client_id: str, returned: Tensors, weight: float, loss: float) -> None:
         open_round = self.state.open
         open_round.weights[client_id], open_round.losses[client_id] = weight, loss
-        if self.settings.trains_shared:
+        if returned:
             open_round.bytes_up += count_bytes(returned)
-            self._mean.add(returned, weight)
+            self._aggregator.add(client_id, returned, weight)
         last = self.state.last_round.get(client_id)
         open_round.staleness[client_id] = None if last is None else open_round.round_index - last
 
@@ -289,7 +310,11 @@ class Server:
         if not self._compares_clients:
             return {}
         changes = {client_id: (change, steps) for client_id, (change, steps) in self.state.open.changes.items()}
-        norm = float(nn.utils.get_total_norm([tensor.float() for tensor in self.sent().values()]))
+        norm = float(
+            nn.utils.get_total_norm(
+                [tensor.float() for tensor in self.sent(self._returned(self.state.open.round_index)).values()]
+            )
+        )
         faults = outliers(changes, norm=norm)
         return {client_id: faults[client_id] for client_id in sorted(self._held) if client_id in faults}
 
@@ -320,16 +345,8 @@ class Server:
             changes = {client_id: (change, steps) for client_id, (change, steps) in open_round.changes.items()}
             open_round.changes = {c: list(change) for part in gather([changes]) for c, change in part.items()}
         self._judge_held()
-        if self.settings.trains_shared:
-            keys = sorted(self.shared)
-            total = self._mean.total_weight
-            sums = [self._mean.mean.get(key, torch.zeros_like(self.shared[key])) * total for key in keys]
-            flat = torch.cat([*(tensor.flatten() for tensor in sums), torch.tensor([total], dtype=torch.float32)])
-            flat = all_reduce(flat)
-            if (weight := float(flat[-1])) > 0:
-                parts = (flat[:-1] / weight).split([self.shared[key].numel() for key in keys])
-                mean = {k: part.view_as(self.shared[k]) for k, part in zip(keys, parts, strict=True)}
-                self._mean = WeightedMean(mean, weight)
+        if returned := self._returned(open_round.round_index):
+            self._aggregator.reduce(all_reduce, gather, like={key: self.shared[key] for key in returned})
         names = ("losses", "weights", "left_out", "staleness")
         everyone = gather([{"bytes_up": open_round.bytes_up, **{name: getattr(open_round, name) for name in names}}])
         for name in names:
@@ -340,21 +357,12 @@ class Server:
         """What to tell the user if every client that has answered in the open round is left out, else `None`."""
         open_round = self._open_round()
         faults = self._faults_of_held()
-        left_out = {**open_round.left_out, **faults}
-        if open_round.weights or len(faults) < len(self._held) or not left_out:
-            return None
-        client_id, fault = next(iter(left_out.items()))
-        return (
-            f"All {len(left_out)} clients of round {open_round.round_index} were left out, such as {client_id!r}: "
-            f"{fault}. A and every B are as they were before the round, and so is what was saved. If losses are not "
-            "finite, lower `learning_rate` or look at the rows. If rows cannot be read, the log says why."
-        )
+        return problem_of_everyone(open_round, faults)
 
     def withdraw(self) -> None:
         """Takes the round back from clients that have not answered and were sent nothing: it has been cut short."""
         open_round = self._open_round()
-        unanswered = sum(not open_round.has_answer(client_id) for client_id in open_round.client_ids)
-        open_round.bytes_down -= unanswered * count_bytes(self.sent())
+        open_round.bytes_down -= self._bytes_to([c for c in open_round.client_ids if not open_round.has_answer(c)])
 
     def end_round(self, seconds: float, step: int | None = None) -> dict[str, Any] | None:
         """
@@ -371,23 +379,23 @@ class Server:
         """
         state, open_round = self.state, self._open_round()
         self._judge_held()
-        mean, self._mean = self._mean.mean, WeightedMean()
+        aggregator, self._aggregator = self._aggregator, self.settings.new_aggregator()
         if not open_round.weights and not open_round.left_out:
             state.open = None
             return None
-        counted = len(open_round.weights) >= self.settings.min_clients_per_round
+        needed, by = self.settings.min_clients_per_round, "min_clients_per_round"
+        if self._returned(open_round.round_index) and aggregator.min_clients > needed:
+            needed, by = aggregator.min_clients, "aggregator"
+        counted = len(open_round.weights) >= needed
         if counted:
-            if self.settings.trains_shared:
-                self.shared = {key: mean[key] for key in self.shared}
+            result = aggregator.result()
+            before = {key: self.shared[key] for key in result}
+            new, self._optimizer_state = self.settings.optimizer().apply(before, result, self._optimizer_state)
+            self.shared = {key: new.get(key, tensor) for key, tensor in self.shared.items()}
+            state.changed |= {self.sharing.factors[key]: state.rounds_done + 1 for key in new}
             state.last_round.update(dict.fromkeys(open_round.weights, open_round.round_index))
         else:
-            logger.warning(
-                "Round %d does not count: %d clients returned an update, and `min_clients_per_round=%d`. A stays as "
-                "it was.",
-                open_round.round_index,
-                len(open_round.weights),
-                self.settings.min_clients_per_round,
-            )
+            logger.warning(does_not_count(open_round, f"{by}={getattr(self.settings, by)}", needed))
         record = round_metrics(
             round_index=open_round.round_index,
             losses=open_round.losses,
@@ -399,6 +407,8 @@ class Server:
             bytes_up=open_round.bytes_up,
             seconds=open_round.seconds + seconds,
         )
+        answered = [c for c in (*open_round.weights, *open_round.left_out) if c in self.clients]
+        state.seen |= dict.fromkeys(answered, open_round.round_index)
         for client_id in open_round.forgotten:
             state.last_round.pop(client_id, None)
             forget_client(record, client_id)
@@ -421,7 +431,8 @@ class Server:
         """Begins a new run from A as it is: no round is done, and no client has taken part."""
         self.initial_shared = clone_tensors(self.shared)
         self.state = ServerState(run_id=run_id)
-        self._mean = WeightedMean()
+        self._aggregator = self.settings.new_aggregator()
+        self._optimizer_state = self.settings.optimizer().init(self.shared)
         self._held: dict[str, Tensors] = {}
 
     def state_dict(self) -> tuple[Tensors, dict[str, Any]]:
@@ -431,15 +442,13 @@ class Server:
         Returns:
             `tuple[dict[str, torch.Tensor], dict]`: the tensors, which are not copies, and plain JSON.
         """
-        parts = {"shared": self.shared, "initial_shared": self.initial_shared, "mean": self._mean.mean}
+        aggregated, entries = self._aggregator.state()
+        parts = {"shared": self.shared, "initial_shared": self.initial_shared, **aggregated}
+        parts["optimizer"] = self._optimizer_state
         parts |= {f"held|{client_id}": tensors for client_id, tensors in self._held.items()}
         tensors = {f"{part}|{key}": tensor for part, named in parts.items() for key, tensor in named.items()}
-        state = {
-            **asdict(self.state),
-            "mean_weight": self._mean.total_weight,
-            "fingerprint": copy.deepcopy(self.fingerprint),
-        }
-        return tensors, state
+        state = {**asdict(self.state), **entries, "server_optimizer": self.settings.server_optimizer}
+        return tensors, {**state, "fingerprint": copy.deepcopy(self.fingerprint)}
 
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """
@@ -448,19 +457,32 @@ class Server:
         Raises:
             `ValueError`: the tensors or the entries are not those of a server of this federation.
         """
-        values, parts = copy.deepcopy(dict(state)), split_names(tensors)
+        values, parts, aggregator = copy.deepcopy(dict(state)), split_names(tensors), self.settings.new_aggregator()
         try:
-            weight, fingerprint = values.pop("mean_weight"), values.pop("fingerprint")
+            fingerprint, optimizer = values.pop("fingerprint"), values.pop("server_optimizer")
+            opened = values["open"]
+            returned = self._returned(opened["round_index"]) if opened else []
+            aggregator.load_state(parts, values, opened["weights"] if returned else ())
             loaded = ServerState.from_dict(values)
             held = {} if loaded.open is None else {c: parts.pop(f"held|{c}") for c in loaded.open.held}
-            mean = parts.pop("mean", {})
-            shared, initial_shared = parts.pop("shared"), parts.pop("initial_shared")
-            for named in (shared, initial_shared, *held.values(), *([mean] if mean else [])):
+            # Of no tensors there is no part.
+            shared, initial_shared = (parts.pop(name) if self.shared else {} for name in ("shared", "initial_shared"))
+            added = [named for named in aggregator.state()[0].values() if named]
+            for named in (shared, initial_shared):
                 check_same_shapes(named, self.shared)
+            optimizer_state, saved = self.settings.optimizer().init(shared), parts.pop("optimizer", {})
+            if optimizer == self.settings.server_optimizer:  # That of another one would be of no use.
+                check_same_shapes(saved, optimizer_state)
+                optimizer_state = clone_tensors(saved)
+            for named in (*held.values(), *added):
+                check_same_shapes(named, {key: self.shared[key] for key in returned})
         except (KeyError, TypeError) as error:
             raise ValueError(f"This is not the state of a server of this version: {error!r}.") from error
         if parts:
-            raise ValueError(f"The tensors {sorted(parts)[0]!r} are not those of a server in this state.")
+            raise ValueError(
+                f"The tensors {sorted(parts)[0]!r} are not those of a server in this state, with "
+                f"`aggregator={self.settings.aggregator!r}`."
+            )
         if None not in (self.fingerprint, fingerprint) and self.fingerprint != fingerprint:
             raise ValueError("The clients of that server have another fingerprint than those of this one.")
         order = list(self.shared)
@@ -468,8 +490,8 @@ class Server:
             clone_tensors({key: named[key] for key in order}, dtype=torch.float32)
             for named in (shared, initial_shared)
         )
-        self._held = {client_id: clone_tensors({key: t[key] for key in order}) for client_id, t in held.items()}
-        self._mean = WeightedMean(mean, weight)
+        self._held = {client_id: clone_tensors(named) for client_id, named in held.items()}
+        self._aggregator, self._optimizer_state = aggregator, optimizer_state
         self.state = loaded
         if fingerprint is not None:
             self.fingerprint = fingerprint

@@ -6,8 +6,12 @@ from typing import Any
 
 import torch
 
+from ..faults import check_max_update_norm
 from ..fit import first_difference, shapes_of
 from ..metrics import names_client
+from .aggregation import Aggregator, check_aggregator, check_clients_of_round, make_aggregator
+from .optimizers import SERVER_OPTIMIZER_ARGUMENTS, ServerOptimizer, check_server_optimizer, make_server_optimizer
+from .sampling import check_client_sampling
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,16 @@ class ServerSettings:
         max_update_norm (`float` or `"auto"`, *optional*, defaults to `"auto"`):
             Largest change of A that a client may return, as a multiple of the norm of the A it was sent. `"auto"`
             compares it to the median change of the round's clients. `None` sets no limit.
-        trains_shared (`bool`, *optional*, defaults to `True`):
-            Whether clients train A. If not, nothing is sent to the server but numbers.
+        aggregator (`str`, *optional*, defaults to `"mean"`):
+            How the clients' A become one: a name of [`~hf_fedsa.server.aggregation.AGGREGATORS`]. All but `"mean"` are
+            without weights, and hold the A of every client of the round.
+        trim_fraction (`float`, *optional*), krum_byzantine (`int`, *optional*):
+            Arguments of `"trimmed_mean"` and `"krum"`. A round that has fewer clients than Krum needs does not count.
+        server_optimizer (`str`, *optional*, defaults to `"fedavg"`):
+            What makes the next A of theirs, see [`~hf_fedsa.server.optimizers.make_server_optimizer`]. `"fedavg"`
+            takes it as it is.
+        server_learning_rate, server_momentum, server_beta_1, server_beta_2, server_tau (`float`, *optional*):
+            Arguments of the optimizer. `None` means its default.
 
     Raises:
         `TypeError`, `ValueError`: a field cannot be what it is.
@@ -42,7 +54,15 @@ class ServerSettings:
     client_sampling: str = "uniform"
     min_clients_per_round: int = 1
     max_update_norm: float | str | None = "auto"
-    trains_shared: bool = True
+    aggregator: str = "mean"
+    trim_fraction: float | None = None
+    krum_byzantine: int | None = None
+    server_optimizer: str = "fedavg"
+    server_learning_rate: float | None = None
+    server_momentum: float | None = None
+    server_beta_1: float | None = None
+    server_beta_2: float | None = None
+    server_tau: float | None = None
 
     def __post_init__(self):
         for name, least in (("num_rounds", 0), ("clients_per_round", 1), ("min_clients_per_round", 1)):
@@ -58,19 +78,23 @@ class ServerSettings:
                 f"`min_clients_per_round={self.min_clients_per_round}` is more than the {self.clients_per_round} "
                 "clients of a round, so no round could count. Lower it."
             )
-        if self.client_sampling not in ("uniform", "examples"):
-            raise ValueError(f"`client_sampling` must be 'uniform' or 'examples', got {self.client_sampling!r}.")
-        if self.max_update_norm in (None, "auto"):
-            return
-        if not isinstance(self.max_update_norm, (int, float)):
-            raise TypeError(
-                f"`max_update_norm` must be a number, 'auto' or None, got {self.max_update_norm!r} of type "
-                f"{type(self.max_update_norm).__name__}."
-            )
-        if not self.max_update_norm > 0:
-            raise ValueError(
-                f"`max_update_norm` must be a positive number, or None for no limit, got {self.max_update_norm!r}."
-            )
+        check_client_sampling(self.client_sampling)
+        check_max_update_norm(self.max_update_norm)
+        check_aggregator(self.aggregator, trim_fraction=self.trim_fraction, krum_byzantine=self.krum_byzantine)
+        check_server_optimizer(self.server_optimizer, self._optimizer_arguments())
+        if self.clients_per_round is not None:
+            check_clients_of_round(self.clients_per_round, self.aggregator, self.krum_byzantine)
+
+    def _optimizer_arguments(self) -> dict[str, float | None]:
+        return {name: getattr(self, f"server_{name}") for name in SERVER_OPTIMIZER_ARGUMENTS}
+
+    def optimizer(self) -> ServerOptimizer:
+        """What makes the next shared tensors of those that the round's clients have returned."""
+        return make_server_optimizer(self.server_optimizer, **self._optimizer_arguments())
+
+    def new_aggregator(self) -> Aggregator:
+        """What a round's updates are added to."""
+        return make_aggregator(self.aggregator, trim_fraction=self.trim_fraction, krum_byzantine=self.krum_byzantine)
 
 
 @dataclass
@@ -88,8 +112,8 @@ class OpenRound:
         num_steps (`int`):
             Local steps of the client that takes the most: its length on the learning rate schedule.
         weights (`dict[str, float]`), losses (`dict[str, float]`), staleness (`dict[str, int | None]`):
-            Per client whose update is in the average: its weight there, the mean training loss over its local steps,
-            and the rounds since one had last counted for it, `None` if none had.
+            Per client whose update is aggregated: its weight in the mean (other rules have none), the mean training
+            loss over its local steps, and the rounds since one had last counted for it, `None` if none had.
         left_out (`dict[str, str]`):
             Clients whose update does not count, and why.
         changes (`dict[str, list[float]]`):
@@ -140,6 +164,10 @@ class ServerState:
             One entry per finished round.
         schedule_start (`int`, *optional*, defaults to `0`):
             Local steps that the learning rate schedule has behind it when the open or next round begins.
+        changed (`dict[str, int]`, *optional*):
+            Per factor that has changed in the run, the rounds that were done when it last did.
+        seen (`dict[str, int]`, *optional*):
+            Per client, the last round that it answered, with an update or a fault: what it was sent there, it has.
     """
 
     run_id: str = ""
@@ -147,6 +175,8 @@ class ServerState:
     last_round: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     schedule_start: int = 0
+    changed: dict[str, int] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ServerState":
@@ -161,7 +191,8 @@ class ServerState:
 
     def names(self, client_id: str) -> bool:
         """Whether a client is named in what is known of finished rounds."""
-        return client_id in self.last_round or any(names_client(record, client_id) for record in self.history)
+        known = client_id in self.seen or client_id in self.last_round
+        return known or any(names_client(record, client_id) for record in self.history)
 
 
 def split_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
