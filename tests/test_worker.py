@@ -253,7 +253,9 @@ class TestRounds:
     def test_what_is_to_train_is_what_trains_here(self, tmp_path):
         worker = make_worker(tmp_path, ["client_1"])
         with at_work(worker) as folder:
-            with pytest.raises(WorkerError, match=r"`trained` is B, but A, B train in this worker"):
+            with pytest.raises(
+                WorkerError, match="`trained` is B, but with the method 'fedsa' .* A, B train in round 0"
+            ):
                 ask(folder, "client_1", request(worker, trained=("B",)))
         assert worker.round_history == []
 
