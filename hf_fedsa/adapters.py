@@ -49,6 +49,11 @@ ADAPTERS: tuple[AdapterKind, ...] = (
 )
 
 
+def kind_named(name: str) -> AdapterKind:
+    """The row of this name. Raises `StopIteration` if there is none: names from elsewhere are checked where read."""
+    return next(row for row in ADAPTERS if row.name == name)
+
+
 def factor_of(key: str, kind: AdapterKind, modules_to_save: Iterable[str] | None = None) -> Factor:
     """
     Says which factor the tensor saved under `key` is.

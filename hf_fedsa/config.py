@@ -14,7 +14,12 @@ from .faults import check_max_update_norm
 from .identity import check_names_of_changes
 from .methods import method_named
 from .server.aggregation import AGGREGATORS, check_aggregator
-from .server.optimizers import SERVER_OPTIMIZER_ARGUMENTS, SERVER_OPTIMIZERS, check_server_optimizer
+from .server.optimizers import (
+    SERVER_OPTIMIZER_ARGUMENTS,
+    SERVER_OPTIMIZERS,
+    check_server_optimizer,
+    optimizer_arguments,
+)
 from .server.sampling import check_client_sampling
 from .server.state import ServerSettings
 
@@ -385,8 +390,7 @@ class FederatedConfig(SFTConfig):
             with contextlib.suppress(ValueError):
                 self.max_update_norm = float(self.max_update_norm)
         check_max_update_norm(self.max_update_norm)
-        given = {name: getattr(self, f"server_{name}") for name in SERVER_OPTIMIZER_ARGUMENTS}
-        check_server_optimizer(self.server_optimizer, given)
+        check_server_optimizer(self.server_optimizer, optimizer_arguments(self))
         if self.deepspeed is not None:
             raise ValueError(
                 "`deepspeed` shards parameters over processes, but here each process trains clients of its own. Leave "
@@ -451,7 +455,7 @@ def server_settings(args: FederatedConfig) -> ServerSettings:
         trim_fraction=args.trim_fraction,
         krum_byzantine=args.krum_byzantine,
         server_optimizer=args.server_optimizer,
-        **{f"server_{name}": getattr(args, f"server_{name}") for name in SERVER_OPTIMIZER_ARGUMENTS},
+        **{f"server_{name}": value for name, value in optimizer_arguments(args).items()},
     )
 
 

@@ -356,12 +356,11 @@ class Federation:
             self.slots.use(keeping_shared(self.slots.sharing.method))
             server.sharing = self.slots.sharing
         kept = {key: t for key, t in started.items() if self.slots.sharing.share_of[key] == "local"}
-        client.initial_local = client.initial_local | {k: t.to(server.dtypes[k]) for k, t in kept.items()}
+        given, like = {**kept, **origin.start}, self.slots.parameters[0]
+        client.initial_local = client.initial_local | {key: t.to(like[key].dtype) for key, t in given.items()}
         server.shared = {key: t for key, t in started.items() if key not in kept}
         server.initial_shared = clone_tensors(server.shared)
         origin.restore_patterns(self.model.peft_config.values())
-        local = client.initial_local
-        client.initial_local = local | {key: t.to(local[key].dtype) for key, t in origin.start.items()}
         if origin.local is not None:
             if differing := sorted(client.initial_local.keys() ^ origin.local.keys()):
                 raise ValueError(

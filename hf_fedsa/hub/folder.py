@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTERS, factor_of, last_component
+from ..adapters import factor_of, kind_named, last_component
 from ..files import file_sha256, write_json, write_safetensors, write_text
 from ..methods import Sharing, method_named
 from ..tensors import tensors_sha256
@@ -86,7 +86,7 @@ def sharing_of(keys: Iterable[str], federation: Mapping[str, Any], modules_to_sa
     Raises:
         `ValueError`: the method is not known here, or a tensor is no factor of the adapter.
     """
-    kind = next(row for row in ADAPTERS if row.name == federation["adapter_kind"])
+    kind = kind_named(federation["adapter_kind"])
     factors = {key: factor_of(key, kind, modules_to_save) for key in keys}
     return Sharing(factors, method_named(federation["method"]), federation["share_modules_to_save"])
 

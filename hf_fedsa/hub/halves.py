@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..adapters import ADAPTERS
+from ..adapters import kind_named
 from ..files import file_sha256, write_safetensors, write_text
 from ..fit import misfit
 from ..metrics import rounds_jsonl
@@ -44,7 +44,12 @@ def open_shared(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
         `FileNotFoundError`: there is no federation.
         `ValueError`: its shared tensors are not those that were saved, or clients elsewhere could not start from it.
     """
-    folder = Path(folder)
+    shared, _, federation = _open(Path(folder))
+    return shared, federation
+
+
+def _open(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """See [`open_shared`]; in the middle, A as every client has started, where each keeps its own."""
     federation = read_federation(folder)
     if federation["mutates_base"]:
         raise ValueError(
@@ -53,10 +58,10 @@ def open_shared(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, 
             "way that others cannot repeat. Save a federation with the default initialisation."
         )
     path = _existing(folder, join_path("shared", WEIGHTS))
-    shared, _ = divide_shared(load_checked(path, "The shared part"), federation)
+    shared, start_of_a = divide_shared(load_checked(path, "The shared part"), federation)
     if tensors_sha256(shared) != federation["shared_sha256"]:
         raise ValueError(MIXTURE.format(path=path))
-    return clone_tensors(shared, dtype=torch.float32), federation
+    return clone_tensors(shared, dtype=torch.float32), start_of_a, federation
 
 
 def save_server_half(
@@ -95,7 +100,7 @@ def save_server_half(
             round.
     """
     folder, like = Path(folder), Path(like)
-    start, federation = open_shared(like)
+    start, start_of_a, federation = _open(like)
     if problem := misfit(_shapes(start), _shapes(shared)):
         raise ValueError(
             f"The shared part {problem}: it does not fit the federation in {like}. Pass the folder that the server "
@@ -132,7 +137,6 @@ def save_server_half(
     with saving(folder) as scratch:
         for name in [join_path("shared", CONFIG), *federation["processing_files"]]:
             _copy(_existing(like, name), scratch / name)
-        _, start_of_a = divide_shared(load_checked(_existing(like, join_path("shared", WEIGHTS)), "A"), federation)
         write_safetensors(scratch / "shared" / WEIGHTS, {**start_of_a, **shared})
         write_text(scratch / ROUNDS, rounds_jsonl(rounds))
         write_descriptions(scratch, federation, rounds)
@@ -235,7 +239,7 @@ def _check_local(
     modules_to_save: Sequence[str],
 ) -> None:
     """Raises `ValueError` unless `local` is what a complete adapter has besides `shared`."""
-    kind = next(row for row in ADAPTERS if row.name == federation["adapter_kind"])
+    kind = kind_named(federation["adapter_kind"])
     sharing = sharing_of({**shared, **local}, federation, modules_to_save)
     if excess := sorted(key for key in local if sharing.share_of.get(key) == "shared"):
         raise ValueError(f"`local` of {client_id!r} holds {excess[0]!r}, which is shared. Pass it in `shared` alone.")

@@ -104,8 +104,7 @@ class WeightedMean:
         Raises:
             `ValueError`: the weight is not a positive number, or names or shapes differ from those of earlier clients.
         """
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"`weight` must be a positive number, got {weight}.")
+        _check_weight(weight)
         if not self.mean:
             self.mean = {key: tensor.detach().to(torch.float32, copy=True) for key, tensor in tensors.items()}
             self.total_weight = float(weight)
@@ -114,6 +113,11 @@ class WeightedMean:
         self.total_weight += weight
         for key, mean in self.mean.items():
             mean.lerp_(tensors[key].detach().to(mean), weight / self.total_weight)
+
+
+def _check_weight(weight: float) -> None:
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ValueError(f"`weight` must be a positive number, got {weight}.")
 
 
 def _check_fits(tensors: Mapping[str, torch.Tensor], earlier: Mapping[str, torch.Tensor]) -> None:
@@ -180,8 +184,7 @@ class _Unweighted:
 
     @torch.no_grad()
     def add(self, client_id: str, tensors: Mapping[str, torch.Tensor], weight: float) -> None:
-        if not (weight > 0 and math.isfinite(weight)):
-            raise ValueError(f"`weight` must be a positive number, got {weight}.")
+        _check_weight(weight)
         if client_id in self._held:
             raise ValueError(f"Client {client_id!r} has been added already, and each counts once.")
         for other in itertools.islice(self._held.values(), 1):

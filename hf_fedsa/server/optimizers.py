@@ -169,6 +169,11 @@ SERVER_OPTIMIZER_ARGUMENTS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
+def optimizer_arguments(settings: Any) -> dict[str, float | None]:
+    """What settings say of every argument, in fields that are named `server_` and then as it is."""
+    return {name: getattr(settings, f"server_{name}") for name in SERVER_OPTIMIZER_ARGUMENTS}
+
+
 def check_server_optimizer(name: str, arguments: Mapping[str, float | None]) -> None:
     """
     Refuses a server optimizer that cannot be made.

@@ -74,7 +74,7 @@ class Server:
         self.settings = settings
         self.sharing = sharing or Sharing(dict.fromkeys(shared, "A"), METHODS["fedsa"])
         self._sampler = sampler
-        self.dtypes = dict(dtypes or {})
+        self._dtypes = dict(dtypes or {})
         self.clients: dict[str, ClientInfo] = {}
         self.fingerprint: dict[str, Any] | None = None
         self._planned: dict[tuple[ServerSettings, int], tuple[str, ...]] = {}
@@ -197,7 +197,7 @@ class Server:
     def sent(self, names: Collection[str] | None = None) -> Tensors:
         """What is shared, or some of it, as it travels: in the dtypes that clients train in."""
         names = self.shared if names is None else names
-        return {key: self.shared[key].to(self.dtypes.get(key, torch.float32)) for key in names}
+        return {key: self.shared[key].to(self._dtypes.get(key, torch.float32)) for key in names}
 
     def lacks(self, client_id: str) -> frozenset[str]:
         """Names of the shared tensors that have changed since a client was last sent them: all that it needs now."""
@@ -218,6 +218,10 @@ class Server:
         """Names of what clients return from a round, in the order of those that are shared."""
         returned = self.sharing.returned(self.sharing.method.trained(round_index))
         return [name for name in self.shared if name in returned]
+
+    def _sent_to_train(self) -> Tensors:
+        """What clients return from the open round, as it was sent to them."""
+        return self.sent(self._returned(self.state.open.round_index))
 
     def begin_round(self, available: Collection[str] | None = None) -> tuple[tuple[str, ...], Broadcast]:
         """
@@ -265,7 +269,7 @@ class Server:
             `str` or `None`: why it does not count. If the client is not in `state.open.left_out` then, the update was
             refused, and nothing has changed.
         """
-        expected = {} if self.state.open is None else self.sent(self._returned(self.state.open.round_index))
+        expected = {} if self.state.open is None else self._sent_to_train()
         if (reason := refuse_update(update, self.state.open, expected)) is not None:
             return reason
         client_id = update.client_id
@@ -310,11 +314,7 @@ class Server:
         if not self._compares_clients:
             return {}
         changes = {client_id: (change, steps) for client_id, (change, steps) in self.state.open.changes.items()}
-        norm = float(
-            nn.utils.get_total_norm(
-                [tensor.float() for tensor in self.sent(self._returned(self.state.open.round_index)).values()]
-            )
-        )
+        norm = float(nn.utils.get_total_norm([tensor.float() for tensor in self._sent_to_train().values()]))
         faults = outliers(changes, norm=norm)
         return {client_id: faults[client_id] for client_id in sorted(self._held) if client_id in faults}
 

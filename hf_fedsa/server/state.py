@@ -10,7 +10,7 @@ from ..faults import check_max_update_norm
 from ..fit import first_difference, shapes_of
 from ..metrics import names_client
 from .aggregation import Aggregator, check_aggregator, check_clients_of_round, make_aggregator
-from .optimizers import SERVER_OPTIMIZER_ARGUMENTS, ServerOptimizer, check_server_optimizer, make_server_optimizer
+from .optimizers import ServerOptimizer, check_server_optimizer, make_server_optimizer, optimizer_arguments
 from .sampling import check_client_sampling
 
 
@@ -81,16 +81,13 @@ class ServerSettings:
         check_client_sampling(self.client_sampling)
         check_max_update_norm(self.max_update_norm)
         check_aggregator(self.aggregator, trim_fraction=self.trim_fraction, krum_byzantine=self.krum_byzantine)
-        check_server_optimizer(self.server_optimizer, self._optimizer_arguments())
+        check_server_optimizer(self.server_optimizer, optimizer_arguments(self))
         if self.clients_per_round is not None:
             check_clients_of_round(self.clients_per_round, self.aggregator, self.krum_byzantine)
 
-    def _optimizer_arguments(self) -> dict[str, float | None]:
-        return {name: getattr(self, f"server_{name}") for name in SERVER_OPTIMIZER_ARGUMENTS}
-
     def optimizer(self) -> ServerOptimizer:
         """What makes the next shared tensors of those that the round's clients have returned."""
-        return make_server_optimizer(self.server_optimizer, **self._optimizer_arguments())
+        return make_server_optimizer(self.server_optimizer, **optimizer_arguments(self))
 
     def new_aggregator(self) -> Aggregator:
         """What a round's updates are added to."""
